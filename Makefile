@@ -1,0 +1,21 @@
+# make demo: from nothing to a trained policy and pictures of what it foresees. make test: the tests.
+PYTHON ?= python3
+VENV := .venv
+ON := . $(VENV)/bin/activate &&
+
+$(VENV)/ready: requirements.txt pyproject.toml bin/torchrun
+	$(PYTHON) -m venv $(VENV)
+	$(ON) pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+demo: $(VENV)/ready
+	$(ON) python train.py --stage pretrain
+	$(ON) torchrun --nproc 8 train.py --stage finetune
+	$(ON) python sample.py --show-predictions
+	$(ON) python eval_calvin.py
+
+test: $(VENV)/ready
+	$(ON) pip install --quiet --disable-pip-version-check pytest
+	$(ON) python -m pytest -q test_model.py
+
+.PHONY: demo test
