@@ -1,0 +1,929 @@
+"""
+GR-1 in one file: "Unleashing Large-Scale Video Generative Pre-training for Visual Robot Manipulation",
+Wu et al. 2023, arXiv 2312.13139 ("paper" below; "official code" is the authors' bytedance/GR-1).
+
+GR-1 is a GPT over timesteps. Each timestep holds a sentence, the robot's state and camera images as context
+tokens, and learned query tokens: [ACT] asks "what should the arm do?", [OBS] asks "what will the camera see
+a few frames from now?". Pre-training on human video uses the same model without robot: sentence, one camera, [OBS].
+
+    python model.py                 prints the token layout, the attention mask and the parameters
+    python model.py --preset tiny
+
+Reads and writes nothing else. In this order: config and token table, mask, small parts, resampler, trunk,
+heads, encoders, GR1, losses, checkpoints, policy.
+
+Glossary of shapes
+    B  batch          T  timesteps of the window     C  context tokens of a timestep   Q  query tokens of a timestep
+    D  model width    P  patches of an image         L  latents of the resampler       K  actions of a chunk
+    N  any number of images                          S  side of an image [px]
+"""
+import argparse
+import dataclasses
+import difflib
+import json
+import logging
+import math
+import os
+import pickle
+import zlib
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class ModelError(Exception):
+    """A user's mistake about models or checkpoints: one line that says what is wrong and what to do."""
+
+
+# ------------------------------------------------------------------------------------------ config and token table
+
+@dataclass
+class GR1Config:
+    """Sizes and switches of the model. The defaults are the paper's finetuning model (Sec. 4.1, Table 3)."""
+    preset: str = "gr1"            # which encoders belong to it, see build_encoders
+    cameras: dict = field(default_factory=lambda: {"rgb_static": 224, "rgb_gripper": 224})  # -> side fed to vision
+    robot: bool = True             # robot state in, [ACT] out; False for video without a robot
+    video: bool = True             # [OBS] queries; False is the paper's ablation without video prediction
+    window: int = 10               # T, timesteps the model sees
+    future: int = 3                # [OBS] predicts the frame this many steps ahead (paper: 1 in pre-training)
+    chunk: int = 1                 # K, actions predicted at each step (paper: 1)
+    width: int = 384               # D
+    layers: int = 12
+    heads: int = 12
+    dropout: float = 0.1
+    vision_dim: int = 768          # features of the image encoder
+    text_dim: int = 512            # features of the text encoder
+    latents: int = 9               # L
+    resampler_depth: int = 3
+    resampler_heads: int = 4
+    resampler_head_dim: int = 128
+    patch: int = 16                # side of a predicted patch [px]
+    decoder_depth: int = 2
+    decoder_heads: int = 16
+    norm_pixels: bool = True       # predict pixels up to each patch's mean and spread, as MAE does
+    action_activation: bool = False  # a ReLU between the action head's layers; the official code has none
+
+    def __post_init__(self):
+        if self.width % self.heads or self.width % self.decoder_heads or self.width % 4:
+            raise ModelError(f"width {self.width} must be a multiple of heads {self.heads}, "
+                             f"decoder_heads {self.decoder_heads} and 4")
+        bad = [f"{name} ({side} px)" for name, side in self.cameras.items() if side % self.patch]
+        if bad:
+            raise ModelError(f"camera {bad[0]} does not divide into patches of {self.patch} px")
+
+    @classmethod
+    def from_dict(cls, values):
+        """Build from a plain dict; an unknown key or a wrong type raises ModelError and names the nearest key."""
+        kinds = {f.name: f.type for f in dataclasses.fields(cls)}
+        for key, value in values.items():
+            if key not in kinds:
+                near = difflib.get_close_matches(key, kinds, 1)
+                raise ModelError(f"unknown config key '{key}'" + (f", did you mean '{near[0]}'?" if near else ""))
+            if not isinstance(value, kinds[key]) and not (kinds[key] is float and isinstance(value, int)):
+                raise ModelError(f"config key '{key}' must be {kinds[key].__name__}, got {value!r}")
+        return cls(**values)
+
+
+PRESETS = {
+    "gr1": dict(),                 # the paper: 195 M parameters with its encoders, 46 M of them trained
+    # A laptop's: everything is trained, encoder included. Departures from the paper, each with its reason:
+    # plain pixels as video target (a drawn world is flat, and dividing by a flat patch's spread is noise),
+    # cameras at their own sizes (upsampling the 32 px gripper view would double the work).
+    "tiny": dict(preset="tiny", cameras={"rgb_static": 64, "rgb_gripper": 32}, window=5, width=96, layers=3, heads=4,
+                 dropout=0.0, vision_dim=64, text_dim=128, latents=6, resampler_depth=1, resampler_heads=4,
+                 resampler_head_dim=16, patch=16, decoder_depth=2, decoder_heads=4, norm_pixels=False),
+}
+
+
+def preset_config(name, stage="finetune", **changes):
+    """GR1Config of a preset for a stage ("pretrain": one camera, no robot, next frame; "finetune"), with changes."""
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, 1)
+        raise ModelError(f"unknown preset '{name}'" + (f", did you mean '{near[0]}'?" if near else "")
+                         + f" (there are: {', '.join(PRESETS)})")
+    config = GR1Config.from_dict({**PRESETS[name], **changes})
+    if stage == "pretrain":
+        config.cameras = dict(list(config.cameras.items())[:1])
+        config.robot, config.future, config.video = False, changes.get("future", 1), True
+    return config
+
+
+def token_table(config):
+    """The tokens of one timestep, in order: a list of (name, count, is_query). Every slice derives from it."""
+    table = [("language", 1, False)]
+    if config.robot:
+        table += [("state", 1, False)]
+    for camera in config.cameras:
+        table += [(f"{camera} latents", config.latents, False), (f"{camera} CLS", 1, False)]
+    if config.robot:
+        table += [("[ACT]", config.chunk, True)]
+    if config.video:
+        table += [(f"[OBS] {camera}", config.latents + 1, True) for camera in config.cameras]
+    return table
+
+
+# ------------------------------------------------------------------------------------------ attention mask
+
+def attention_mask(steps, context, query_steps, device=None):
+    """
+    Who may look at whom: bool (steps * context + len(query_steps), steps * context), True = may attend.
+
+    Rows are all context tokens in order, then the queries; query_steps (R,) int is the timestep of each query.
+    Columns are context tokens alone: in the official code every query's column is masked, for itself too, so a
+    query is never a key and leaving the columns out is exact. Context is causal token by token (a state sees the
+    sentence of its own step, not the other way round); a query sees every context token up to its own step.
+
+    Two steps of three context tokens (a b c) and two queries ([A] [O]) each:
+
+             a0 b0 c0 a1 b1 c1
+        a0    #  .  .  .  .  .
+        b0    #  #  .  .  .  .
+        c0    #  #  #  .  .  .
+        a1    #  #  #  #  .  .
+        b1    #  #  #  #  #  .
+        c1    #  #  #  #  #  #
+       [A]0   #  #  #  .  .  .
+       [O]0   #  #  #  .  .  .
+       [A]1   #  #  #  #  #  #
+       [O]1   #  #  #  #  #  #
+    """
+    column = torch.arange(steps * context, device=device)
+    causal = column[:, None] >= column[None, :]
+    query_steps = torch.as_tensor(query_steps, device=device)
+    return torch.cat([causal, column[None, :] // context <= query_steps[:, None]])
+
+
+# ------------------------------------------------------------------------------------------ small parts
+
+def patchify(images, patch):
+    """Cut images (..., 3, S, S) into (..., P, patch * patch * 3), row by row, channel last, as MAE does."""
+    *lead, channels, height, width = images.shape
+    x = images.reshape(*lead, channels, height // patch, patch, width // patch, patch)
+    n = len(lead)
+    x = x.permute(*range(n), n + 1, n + 3, n + 2, n + 4, n)
+    return x.reshape(*lead, (height // patch) * (width // patch), patch * patch * channels)
+
+
+def unpatchify(patches, patch):
+    """Inverse of patchify for square images: (..., P, patch * patch * 3) -> (..., 3, S, S)."""
+    *lead, count, _ = patches.shape
+    side, n = math.isqrt(count), len(lead)
+    x = patches.reshape(*lead, side, side, patch, patch, 3)
+    x = x.permute(*range(n), n + 4, n, n + 2, n + 1, n + 3)
+    return x.reshape(*lead, 3, side * patch, side * patch)
+
+
+def sincos_positions(side, width):
+    """Fixed 2-D sin-cos positions (side * side, width); the first half codes the column (MAE, pos_embed.py)."""
+    omega = 1.0 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angle = torch.arange(side, dtype=torch.float64)[:, None] * omega                       # (side, width / 4)
+    axis = torch.cat([angle.sin(), angle.cos()], 1)                                        # (side, width / 2)
+    return torch.cat([axis.repeat(side, 1), axis.repeat_interleave(side, 0)], 1).float()
+
+
+def random_shift(frames, share=0.05):
+    """
+    DrQ-v2's augmentation on uint8 (B, T, 3, H, W): every window moves by one random offset, borders repeated.
+
+    share: largest shift as a share of the side; 0.05 is the official 10 px of 200 and 4 px of 84.
+    """
+    batch, _, _, height, width = frames.shape
+    reach = round(share * height)
+    dy, dx = torch.randint(-reach, reach + 1, (2, batch, 1), device=frames.device)
+    rows = (torch.arange(height, device=frames.device) + dy).clamp(0, height - 1)          # (B, H)
+    columns = (torch.arange(width, device=frames.device) + dx).clamp(0, width - 1)         # (B, W)
+    which = torch.arange(batch, device=frames.device)[:, None, None]
+    return frames[which, :, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 4, 1, 2)
+
+
+def to_pixels(frames, side):
+    """uint8 (..., 3, H, W) -> float (..., 3, side, side), bicubic, ImageNet-normalised as the official code does."""
+    x = frames.flatten(0, -4).float() / 255
+    if x.shape[-2:] != (side, side):
+        x = F.interpolate(x, (side, side), mode="bicubic", align_corners=False, antialias=x.shape[-1] > side)
+    mean, std = (x.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return ((x - mean) / std).reshape(*frames.shape[:-2], side, side)
+
+
+def to_images(pixels):
+    """Inverse of to_pixels' normalisation: float (..., 3, S, S) -> uint8 (..., S, S, 3)."""
+    mean, std = (pixels.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return ((pixels * std + mean).clamp(0, 1) * 255).round().byte().movedim(-3, -1)
+
+
+def attend(q, k, v, heads, mask=None, dropout=0.0):
+    """Multi-head attention of q (B, R, E) over k, v (B, M, E); mask bool (B, 1, R, M), True = may attend."""
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))            # (B, heads, ., E / heads)
+    x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    return x.transpose(1, 2).flatten(2)
+
+
+def mlp(width, activation, bias=True, inner=4):
+    return nn.Sequential(nn.Linear(width, inner * width, bias), activation, nn.Linear(inner * width, width, bias))
+
+
+# ------------------------------------------------------------------------------------------ resampler
+
+class ResamplerLayer(nn.Module):
+    """Latents look at patches and at themselves (Flamingo's Perceiver resampler, flamingo_pytorch)."""
+
+    def __init__(self, width, heads, head_dim):
+        super().__init__()
+        self.heads, inner = heads, heads * head_dim
+        self.norm_patches, self.norm_latents = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.q = nn.Linear(width, inner, bias=False)
+        self.kv = nn.Linear(width, 2 * inner, bias=False)
+        self.proj = nn.Linear(inner, width, bias=False)
+        self.norm_mlp, self.mlp = nn.LayerNorm(width), mlp(width, nn.GELU(), bias=False)
+
+    def forward(self, latents, patches):
+        h = self.norm_latents(latents)
+        k, v = self.kv(torch.cat([self.norm_patches(patches), h], 1)).chunk(2, -1)
+        latents = latents + self.proj(attend(self.q(h), k, v, self.heads))
+        return latents + self.mlp(self.norm_mlp(latents))
+
+
+class Resampler(nn.Module):
+    """Squeezes any number of patches into L latents: (N, P, Dv) -> (N, L, Dv). One for all cameras."""
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.vision_dim
+        self.latents = nn.Parameter(torch.zeros(config.latents, width))
+        self.media_position = nn.Parameter(torch.zeros(1, width))
+        self.layers = nn.ModuleList(ResamplerLayer(width, config.resampler_heads, config.resampler_head_dim)
+                                    for _ in range(config.resampler_depth))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, patches):
+        patches = patches + self.media_position
+        latents = self.latents.expand(len(patches), -1, -1)
+        for layer in self.layers:
+            latents = layer(latents, patches)
+        return self.norm(latents)
+
+
+# ------------------------------------------------------------------------------------------ trunk
+
+class TrunkBlock(nn.Module):
+    """A pre-LN GPT-2 block with ReLU, whose keys and values are the first `context` tokens alone."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.heads, self.dropout = config.heads, config.dropout
+        self.norm1, self.norm2 = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
+        self.q = nn.Linear(config.width, config.width)
+        self.kv = nn.Linear(config.width, 2 * config.width)
+        self.proj = nn.Linear(config.width, config.width)
+        self.mlp = mlp(config.width, nn.ReLU())
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x, context, mask, first=0):
+        """x (B, M, D) -> (B, M - first, D): rows before `first` are keys only, no longer wanted themselves."""
+        h = self.norm1(x)
+        k, v = self.kv(h[:, :context]).chunk(2, -1)
+        dropout = self.dropout if self.training else 0.0
+        y = attend(self.q(h[:, first:]), k, v, self.heads, mask[:, :, first:], dropout)
+        x = x[:, first:] + self.drop(self.proj(y))
+        return x + self.drop(self.mlp(self.norm2(x)))
+
+
+class Trunk(nn.Module):
+    """The GPT. No position embedding: the official code disables GPT-2's, timesteps carry the only order."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.embed_norm = nn.LayerNorm(config.width)
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(TrunkBlock(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width)
+        # GPT-2's word embedding: nothing reads it, but official files carry it and 45,988,039 counts it
+        self.unused_wte = nn.Parameter(torch.zeros(1, config.width))
+
+    def forward(self, context, queries, query_steps, mask=None):
+        """
+        context (B, T, C, D), queries (B, R, D) at timesteps query_steps (R,), mask bool (B, T) real steps or None
+        -> (B, R, D): the queries' answers. The last block computes the queries alone: nobody reads the rest.
+        """
+        batch, steps, tokens, _ = context.shape
+        may = attention_mask(steps, tokens, query_steps, context.device)[None, None]       # (1, 1, rows, T * C)
+        if mask is not None:
+            may = may & mask.repeat_interleave(tokens, 1)[:, None, None]
+        n = steps * tokens
+        x = self.drop(self.embed_norm(torch.cat([context.flatten(1, 2), queries], 1)))
+        for block in self.blocks[:-1]:
+            x = block(x, n, may)
+        return self.norm(self.blocks[-1](x, n, may, first=n))
+
+
+# ------------------------------------------------------------------------------------------ heads
+
+class ActionHead(nn.Module):
+    """[ACT] -> arm (..., 6) in rel_actions units and gripper logit (...). Linear twice: official code, no activation."""
+
+    def __init__(self, config):
+        super().__init__()
+        half = config.width // 2
+        self.fc1, self.fc2 = nn.Linear(config.width, half), nn.Linear(half, half)
+        self.activation = nn.ReLU() if config.action_activation else nn.Identity()
+        self.arm, self.gripper = nn.Linear(half, 6), nn.Linear(half, 1)
+
+    def forward(self, x):
+        x = self.activation(self.fc2(self.activation(self.fc1(x))))
+        return self.arm(x), self.gripper(x).squeeze(-1)
+
+
+class DecoderBlock(nn.Module):
+    """A plain ViT block (timm's), as in the MAE decoder."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = mlp(width, nn.GELU())
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm1(x)).chunk(3, -1)
+        x = x + self.proj(attend(q, k, v, self.heads))
+        return x + self.mlp(self.norm2(x))
+
+
+class VideoHead(nn.Module):
+    """[OBS] outputs and mask tokens through a small decoder -> pixels of the future frame. One for all cameras."""
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.width
+        self.embed = nn.Linear(width, width)
+        self.mask_token = nn.Parameter(torch.zeros(width))
+        self.blocks = nn.ModuleList(DecoderBlock(width, config.decoder_heads) for _ in range(config.decoder_depth))
+        self.norm = nn.LayerNorm(width)
+        self.pixels = nn.Linear(width, 3 * config.patch ** 2)
+        for camera, side in config.cameras.items():
+            positions = sincos_positions(side // config.patch, width)
+            self.register_buffer(f"positions_{camera}", positions, persistent=False)
+
+    def forward(self, x, camera):
+        """x (N, L + 1, D) -> (N, P, patch * patch * 3)."""
+        masks = self.mask_token + getattr(self, f"positions_{camera}")                     # (P, D)
+        x = torch.cat([self.embed(x), masks.expand(len(x), -1, -1)], 1)
+        for block in self.blocks:
+            x = block(x)
+        return self.pixels(self.norm(x[:, -len(masks):]))
+
+
+# ------------------------------------------------------------------------------------------ encoders
+
+class MAEVision(nn.Module):
+    """
+    The paper's image encoder: MAE ViT-B/16, frozen. (N, 3, 224, 224) -> CLS (N, 768), patches (N, 196, 768).
+
+    weights: "hub" (timm's vit_base_patch16_224.mae), "none" (random), or a file: a timm checkpoint or the original
+    mae_pretrain_vit_base.pth. Raises ModelError when they cannot be had.
+    """
+    frozen = True
+
+    def __init__(self, weights="hub"):
+        super().__init__()
+        import timm
+        name = "vit_base_patch16_224.mae"
+        self.vit = hub_or_explain(lambda: timm.create_model(name, pretrained=weights == "hub", num_classes=0),
+                                  f"image encoder timm/{name}", "--vision-weights", "mae_pretrain_vit_base.pth")
+        if weights not in ("hub", "none"):
+            load_file_into(self.vit, weights)
+        self.requires_grad_(False)
+
+    def train(self, mode=True):
+        return super().train(False)                      # frozen: dropout and the like stay off
+
+    @torch.no_grad()
+    def forward(self, images):
+        x = self.vit.forward_features(images)            # (N, 197, 768), after the final LayerNorm
+        return x[:, 0], x[:, 1:]
+
+
+class CLIPText(nn.Module):
+    """
+    The paper's text encoder: CLIP ViT-B/32's text tower, frozen. A list of B sentences -> (B, 512).
+
+    weights: "hub" (open_clip's "openai"), "none" (random), or an open_clip state dict file.
+    """
+    frozen = True
+
+    def __init__(self, weights="hub"):
+        super().__init__()
+        import open_clip
+        name = "ViT-B-32-quickgelu"
+        clip = hub_or_explain(lambda: open_clip.create_model(name, pretrained="openai" if weights == "hub" else None),
+                              f"text encoder open_clip {name} 'openai'", "--text-weights", "open_clip_model.safetensors")
+        if weights not in ("hub", "none"):
+            load_file_into(clip, weights)
+        del clip.visual, clip.logit_scale
+        self.clip, self.tokenize, self.cache = clip, open_clip.get_tokenizer(name), {}
+        self.requires_grad_(False)
+
+    def train(self, mode=True):
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, sentences):
+        new = [s for s in dict.fromkeys(sentences) if s not in self.cache]
+        if len(self.cache) + len(new) > 10_000:          # Ego4D has millions of sentences, CALVIN 400
+            self.cache, new = {}, list(dict.fromkeys(sentences))
+        if new:
+            tokens = self.tokenize(new).to(self.clip.text_projection.device)
+            self.cache.update(zip(new, self.clip.encode_text(tokens)))
+        return torch.stack([self.cache[s] for s in sentences])
+
+
+class TinyVision(nn.Module):
+    """
+    A small ViT trained with the rest: (N, 3, S, S) -> CLS (N, Dv), patches of 8 px (N, (S / 8)^2, Dv).
+
+    Its CLS is a spatial softmax (Levine et al. 2016, arXiv 1504.00702): 32 learned maps of 4 px cells, and of each
+    where it peaks and how high. Where things are is what a robot needs, and a mean over patches learns it slowly.
+    """
+    frozen = False
+
+    def __init__(self, width, depth=1, heads=4, points=32):
+        super().__init__()
+        # 4 px cells merged two by two: a block is 5 px wide, and one linear map of 8 px sees it less sharply
+        self.stem, self.merge = nn.Conv2d(3, width // 2, 4, 4), nn.Conv2d(width // 2, width, 2, 2)
+        self.points, self.cls = nn.Conv2d(width // 2, points, 1), nn.Linear(3 * points, width)
+        self.blocks = nn.ModuleList(DecoderBlock(width, heads) for _ in range(depth))
+        self.norm, self.width = nn.LayerNorm(width), width
+
+    def forward(self, images):
+        cells = F.gelu(self.stem(images))
+        x = self.merge(cells).flatten(2).transpose(1, 2)                                   # (N, P, Dv)
+        x = x + sincos_positions(images.shape[-1] // 8, self.width).to(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.cls(self.peaks(self.points(cells))), self.norm(x)
+
+    def peaks(self, maps):
+        """maps (N, K, H, W) -> (N, 3 K): mean column and row in [-1, 1] under each map's softmax, and its maximum."""
+        heat = 4 * maps.flatten(2)                         # sharper: a peak is a place, not a region
+        line = torch.linspace(-1, 1, maps.shape[-1], device=maps.device)
+        grid = torch.stack([line.repeat(len(line)), line.repeat_interleave(len(line))], 1)  # (H * W, 2)
+        return torch.cat([(heat.softmax(-1) @ grid).flatten(1), maps.flatten(2).amax(-1)], 1)
+
+
+class HashText(nn.Module):
+    """
+    A text encoder that needs no download: words and word pairs are hashed to fixed random directions and summed.
+
+    Knows which words and which pairs occur, not what they mean; enough for a closed set of instructions.
+    """
+    frozen = True
+
+    def __init__(self, width):
+        super().__init__()
+        self.width = width
+        self.register_buffer("device_of", torch.zeros(0), persistent=False)
+
+    def direction(self, text):
+        return np.random.default_rng(zlib.crc32(text.encode())).standard_normal(self.width)
+
+    def forward(self, sentences):
+        rows = []
+        for sentence in sentences:
+            words = sentence.lower().split()
+            rows.append(sum(map(self.direction, words + [" ".join(pair) for pair in zip(words, words[1:])])))
+        return torch.tensor(np.stack(rows), dtype=torch.float32, device=self.device_of.device)
+
+
+def build_encoders(config, vision_weights="hub", text_weights="hub"):
+    """The encoders of a preset: (vision, text). The weights arguments ("hub", "none" or a file) are gr1's."""
+    if config.preset == "tiny":
+        return TinyVision(config.vision_dim), HashText(config.text_dim)
+    return MAEVision(vision_weights), CLIPText(text_weights)
+
+
+def hub_or_explain(build, what, flag, file):
+    """Run build(); where the hub cannot be reached, say in one line what to download and how to name it."""
+    logging.disable(logging.ERROR)                       # a dozen lines of retries say less than one of ours
+    try:
+        return build()
+    except (OSError, RuntimeError) as error:
+        raise ModelError(f"cannot get the {what} from the hub ({type(error).__name__}): give a local file with "
+                         f"{flag} FILE (for example {file}), or {flag} none for random weights") from error
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def load_file_into(module, path):
+    """Strictly load a state dict file (safetensors, or a torch file without code) into a module."""
+    state = read_weights(path)
+    missing = [k for k in module.state_dict() if k not in state]
+    if missing:
+        raise ModelError(f"{path} is no weights file for this encoder: it lacks {missing[0]}"
+                         + (f" and {len(missing) - 1} more" if missing[1:] else ""))
+    module.load_state_dict({k: state[k] for k in module.state_dict()})
+
+
+def read_weights(path):
+    """Tensors of a .safetensors or torch file by name; never runs code that the file may hold."""
+    if not os.path.isfile(path):
+        raise ModelError(f"no such file: {path}")
+    try:
+        if str(path).endswith(".safetensors"):
+            with safe_open(path, "pt") as f:
+                return {k: f.get_tensor(k) for k in f.keys()}
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{path} is not a readable weights file ({type(error).__name__})") from error
+    except pickle.UnpicklingError as error:
+        raise ModelError(f"{path} is not a plain weights file; it was not opened further") from error
+    return state.get("model", state) if isinstance(state, dict) else {}
+
+
+# ------------------------------------------------------------------------------------------ GR-1
+
+class GR1(nn.Module):
+    """
+    The whole model (paper Sec. 3, Fig. 2). vision: images (N, 3, S, S) -> CLS (N, Dv), patches (N, P, Dv);
+    text: list of B sentences -> (B, Dt). Both are arguments, so any encoder of these shapes will do.
+    """
+
+    def __init__(self, config, vision, text):
+        super().__init__()
+        self.config, self.vision, self.text = config, vision, text
+        D = config.width
+        self.embed_language = nn.Linear(config.text_dim, D)
+        if config.robot:
+            self.embed_arm, self.embed_gripper = nn.Linear(6, D), nn.Linear(2, D)
+            self.embed_state = nn.Linear(2 * D, D)
+            self.query_act = nn.Parameter(torch.zeros(config.chunk, D))
+            self.action_head = ActionHead(config)
+        self.resampler = Resampler(config)
+        self.embed_latents = nn.ModuleDict({c: nn.Linear(config.vision_dim, D) for c in config.cameras})
+        self.embed_cls = nn.ModuleDict({c: nn.Linear(config.vision_dim, D) for c in config.cameras})
+        self.timestep = nn.Parameter(torch.zeros(config.window, D))
+        self.trunk = Trunk(config)
+        if config.video:
+            self.query_obs = nn.ParameterDict({c: torch.zeros(config.latents + 1, D) for c in config.cameras})
+            self.video_head = VideoHead(config)
+        self.init_weights()
+
+    def init_weights(self):
+        """
+        One table of initial spreads; biases 0, norms 1, frozen encoders untouched.
+
+        Linear maps keep the variance of their input (1 / sqrt(fan in)), except:
+            embed_language       1             its input has length 1, so every feature is about 1 / sqrt(Dt)
+            embed_arm            2             metres and radians: a tenth must matter
+            ends of residuals    / sqrt(2 n)   n blocks add up
+            learned tokens       0.02          they are normalised before use
+        """
+        frozen = tuple(f"{name}." for name in ("vision", "text") if getattr(self, name).frozen)
+        special = {"embed_language.weight": 1.0, "embed_arm.weight": 2.0}
+        depth = {"trunk": self.config.layers, "video_head": self.config.decoder_depth,
+                 "resampler": self.config.resampler_depth}
+        for name, p in self.named_parameters():
+            if name.startswith(frozen) or "norm" in name and name.endswith("weight"):
+                continue
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif not name.endswith("weight"):
+                nn.init.normal_(p, std=0.02)
+            else:
+                std = special.get(name, p[0].numel() ** -0.5)
+                if name.endswith(("proj.weight", "mlp.2.weight")):
+                    std /= math.sqrt(2 * depth.get(name.split(".")[0], 1))
+                nn.init.normal_(p, std=std)
+
+    # ---- encode: what each thing is, wherever it stands in the window
+
+    def encode_language(self, sentences):
+        """B sentences -> (B, D)."""
+        x = self.text(sentences).float()
+        return self.embed_language(x / (x.norm(dim=-1, keepdim=True) + 1e-6))
+
+    def encode_state(self, robot_obs):
+        """robot_obs (..., 15), CALVIN's units -> (..., D). Arm: absolute pose, not normalised; gripper: one-hot."""
+        opened = (robot_obs[..., 14:15] > 0).float()
+        gripper = self.embed_gripper(torch.cat([1 - opened, opened], -1))
+        return self.embed_state(torch.cat([self.embed_arm(robot_obs[..., :6]), gripper], -1))
+
+    def encode_images(self, pixels):
+        """{camera: (N, 3, S, S)} -> (N, cameras * (L + 1), D). Costs the most, and is the same at any timestep."""
+        tokens = []
+        for camera in self.config.cameras:
+            cls, patches = self.vision(pixels[camera])
+            tokens += [self.embed_latents[camera](self.resampler(patches)), self.embed_cls[camera](cls)[:, None]]
+        return torch.cat(tokens, 1)
+
+    def context(self, language, images, state=None):
+        """language (B, D), images (B, T, ., D), state (B, T, D) -> context tokens (B, T, C, D) in table order."""
+        steps = images.shape[1]
+        tokens = [language[:, None, None].expand(-1, steps, -1, -1)]
+        if self.config.robot:
+            tokens += [state[:, :, None]]
+        return torch.cat(tokens + [images], 2) + self.timestep[:steps, None]
+
+    # ---- the model
+
+    def forward(self, pixels, sentences, robot_obs=None, mask=None, video_at=None):
+        """
+        pixels: {camera: (B, T, 3, S, S)} normalised, see to_pixels; sentences: B strings; robot_obs: (B, T, 15);
+        mask: bool (B, T), real steps first, padding last; video_at: the V timesteps to ask [OBS] at, None for all T.
+        Returns what the config asks for: arm (B, T, K, 6), gripper logits (B, T, K), and per camera the pixels of
+        the future frame (B, V, P, patch^2 * 3).
+        """
+        batch, steps = next(iter(pixels.values())).shape[:2]
+        images = self.encode_images({c: p.flatten(0, 1) for c, p in pixels.items()}).unflatten(0, (batch, steps))
+        state = self.encode_state(robot_obs) if self.config.robot else None
+        context = self.context(self.encode_language(sentences), images, state)
+        queries, at = self.queries(range(steps), range(steps) if video_at is None else video_at)
+        return self.heads(self.trunk(context, queries.expand(batch, -1, -1), at, mask), steps)
+
+    def queries(self, act_at, video_at):
+        """
+        [ACT] tokens for the timesteps act_at, then each camera's [OBS] tokens for video_at: (R, D), and their
+        timesteps, a list of R. The timestep embedding is not added to them (official code): the mask places them.
+        """
+        asked = [(self.query_act, act_at)] if self.config.robot else []
+        if self.config.video:
+            asked += [(self.query_obs[camera], video_at) for camera in self.config.cameras]
+        tokens = [tokens.repeat(len(at), 1) for tokens, at in asked]
+        return torch.cat(tokens), [t for tokens, at in asked for t in at for _ in tokens]
+
+    def heads(self, answers, steps):
+        """answers (B, R, D) to queries(range(steps), ...) -> dict of predictions, see forward."""
+        config, out, start = self.config, {}, 0
+        if config.robot:
+            start = steps * config.chunk
+            out["arm"], out["gripper"] = self.action_head(answers[:, :start].unflatten(1, (steps, config.chunk)))
+        if config.video:
+            for camera, x in zip(config.cameras, answers[:, start:].chunk(len(config.cameras), 1)):
+                x = x.unflatten(1, (-1, config.latents + 1))                               # (B, V, L + 1, D)
+                out[camera] = self.video_head(x.flatten(0, 1), camera).unflatten(0, x.shape[:2])
+        return out
+
+    # ---- checkpoints
+
+    def trained_state(self):
+        """State dict without the frozen encoders."""
+        frozen = tuple(f"{name}." for name in ("vision", "text") if getattr(self, name).frozen)
+        return {k: v for k, v in self.state_dict().items() if not k.startswith(frozen)}
+
+    def load_trained(self, state, source, may_miss=()):
+        """
+        Strictly load tensors {name: tensor}; names that start with one of may_miss may be absent and start fresh.
+
+        Returns the absent names. Raises ModelError that names the first tensor that does not fit.
+        """
+        own = self.trained_state()
+        missing = [k for k in own if k not in state]
+        wrong = [k for k in missing if not k.startswith(tuple(may_miss))] if may_miss else missing
+        extra = [k for k in state if k not in own]
+        if wrong or extra:
+            raise ModelError(f"{source} is a checkpoint of another model: "
+                             + (f"it lacks {wrong[0]}" if wrong else f"this model has no {extra[0]}"))
+        for k in state:
+            if state[k].shape != own[k].shape:
+                raise ModelError(f"{source} is a checkpoint of another shape: {k} is {tuple(state[k].shape)}, "
+                                 f"this model's is {tuple(own[k].shape)}")
+        self.load_state_dict(state, strict=False)
+        return missing
+
+    @classmethod
+    def from_pretrained(cls, path, config=None, vision=None, text=None):
+        """
+        Load a checkpoint directory written by train.py (model.safetensors + config.json).
+
+        config: overrides the stored one; vision, text: encoders, built from the config's preset where None.
+        """
+        stored = read_config(path)
+        config = config or GR1Config.from_dict(stored["model"])
+        if vision is None or text is None:
+            built = build_encoders(config, **stored.get("encoders", {}))
+            vision, text = vision or built[0], text or built[1]
+        model = cls(config, vision, text)
+        model.load_trained(read_weights(os.path.join(path, "model.safetensors")), path)
+        return model.eval()
+
+
+def read_config(path):
+    """config.json of a checkpoint directory as a dict with keys model, encoders, train, step."""
+    name = os.path.join(path, "config.json")
+    if not os.path.isfile(name):
+        raise ModelError(f"no checkpoint in '{path}': train one with train.py, or name its directory with --checkpoint")
+    with open(name) as f:
+        try:
+            return json.load(f)
+        except json.JSONDecodeError as error:
+            raise ModelError(f"{name} is damaged ({error})") from error
+
+
+def save_checkpoint(path, model, **info):
+    """Write model.safetensors and config.json into directory path, each renamed into place when whole."""
+    os.makedirs(path, exist_ok=True)
+    weights, config = os.path.join(path, "model.safetensors"), os.path.join(path, "config.json")
+    save_file({k: v.contiguous() for k, v in model.trained_state().items()}, weights + ".tmp")
+    with open(config + ".tmp", "w") as f:
+        json.dump({"model": dataclasses.asdict(model.config), **info}, f, indent=1)
+    os.replace(weights + ".tmp", weights)
+    os.replace(config + ".tmp", config)
+
+
+# ------------------------------------------------------------------------------------------ losses
+
+def video_target(pixels, config):
+    """Pixels (..., 3, S, S) -> what [OBS] should say (..., P, patch^2 * 3); normalised per patch by norm_pixels."""
+    target = patchify(pixels, config.patch)
+    if config.norm_pixels:
+        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True).sqrt() + 1e-6)
+    return target
+
+
+def masked_mean(values, mask):
+    """Mean of values (B, T, ...) over the steps where mask (B, T, ...) holds; 0 where there is none."""
+    values = values.flatten(mask.dim()).mean(-1) if values.dim() > mask.dim() else values
+    return (values * mask).sum() / mask.sum().clamp(min=1)
+
+
+def losses(out, batch, pixels, config, video_at=None):
+    """
+    The paper's three losses, unweighted, by name: arm (Smooth-L1), gripper (binary cross-entropy), and one video loss
+    (mean squared error) a camera.
+
+    out: from GR1.forward; batch: from clips.Windows (rel_actions, action_mask, future_mask);
+    pixels: {camera: (B, T + future, 3, S, S)}, the frames that the model saw and those behind them; video_at: as
+    given to forward.
+    """
+    named, at = {}, slice(None) if video_at is None else video_at
+    if config.robot:
+        target, mask = batch["rel_actions"], batch["action_mask"]                           # (B, T, K, 7), (B, T, K)
+        named["arm"] = masked_mean(F.smooth_l1_loss(out["arm"], target[..., :6], reduction="none"), mask)
+        opened = (target[..., 6] > 0).float()
+        named["gripper"] = masked_mean(
+            F.binary_cross_entropy_with_logits(out["gripper"], opened, reduction="none"), mask)
+    if config.video:
+        for camera in config.cameras:
+            target = video_target(pixels[camera][:, config.future:][:, at], config)
+            named[camera] = masked_mean((out[camera] - target) ** 2, batch["future_mask"][:, at])
+    return named
+
+
+@torch.no_grad()
+def change_errors(out, pixels, future_mask, config):
+    """
+    Does the model foresee better than "nothing will move"? Tensor (2,): squared error of the predicted frame and of
+    copying the present one, summed over the patches that change (by 5 of 255 gray levels on average) in all cameras.
+
+    out, pixels, future_mask: as in losses. Their ratio is below 1 where prediction beats copying.
+    """
+    sums = 0
+    for camera in config.cameras:
+        now, future = pixels[camera][:, :config.window], pixels[camera][:, config.future:]
+        drawn = draw(out[camera].float(), now, config)
+        gray = patchify(now.new_tensor(IMAGENET_STD).view(3, 1, 1).expand_as(now), config.patch)  # back to 0..1
+        now, future, drawn = (patchify(x, config.patch) * gray for x in (now, future, drawn))
+        changed = ((future - now).abs().mean(-1) > 5 / 255) & future_mask[..., None]
+        sums = sums + torch.stack([((x - future) ** 2).mean(-1)[changed].sum() for x in (drawn, now)])
+    return sums
+
+
+# ------------------------------------------------------------------------------------------ policy
+
+class Policy:
+    """
+    Acts step by step with a GR1 model: `reset()` at each new instruction, then `step(observation, sentence)`.
+
+    Exactly the action of a full forward over the window, at a fraction of its cost: a frame is encoded once and kept
+    while it slides through the window, and of the queries only the last [ACT] is computed.
+    """
+
+    def __init__(self, model):
+        if not model.config.robot:
+            raise ModelError("this model was pre-trained on video and has no action head: finetune it first "
+                             "(train.py --stage finetune)")
+        self.model = model.eval()
+        self.device = next(model.parameters()).device
+        self.reset()
+
+    def reset(self):
+        self.history = deque(maxlen=self.model.config.window)    # a step's (images (., D), state (D,))
+        self.frames, self.sentence, self.language = None, None, None
+
+    @torch.no_grad()
+    def step(self, observation, sentence):
+        """
+        observation: dict with uint8 (H, W, 3) images by camera name and robot_obs (15,); sentence: str.
+        Returns rel_actions float32 (7,): six in [-1, 1], gripper -1 (close) or +1 (open).
+        """
+        arm, gripper = self.actions(observation, sentence)
+        return np.append(arm[0], 1.0 if gripper[0] > 0 else -1.0).astype(np.float32)
+
+    @torch.no_grad()
+    def actions(self, observation, sentence):
+        """Like step, for the whole predicted chunk: arm (K, 6) and gripper logits (K,) as numpy arrays."""
+        if not sentence.strip():
+            raise ModelError("the instruction is empty: say what the robot should do")
+        model, config = self.model, self.model.config
+        if sentence != self.sentence:
+            self.sentence, self.language = sentence, model.encode_language([sentence])
+        self.frames = {c: torch.from_numpy(np.ascontiguousarray(observation[c])).to(self.device).permute(2, 0, 1)[None]
+                       for c in config.cameras}
+        images = model.encode_images({c: to_pixels(f, config.cameras[c]) for c, f in self.frames.items()})
+        state = torch.as_tensor(observation["robot_obs"], dtype=torch.float32, device=self.device)
+        self.history.append((images[0], model.encode_state(state)))
+        arm, gripper = model.action_head(self.ask(model.query_act))
+        return arm[0].clamp(-1, 1).cpu().numpy(), gripper[0].cpu().numpy()
+
+    def ask(self, queries):
+        """Answers (1, R, D) to queries (R, D) put at the window's last step."""
+        images, states = (torch.stack(x)[None] for x in zip(*self.history))
+        context = self.model.context(self.language, images, states)
+        last = torch.full((len(queries),), len(self.history) - 1, device=self.device)
+        return self.model.trunk(context, queries[None], last)
+
+    @torch.no_grad()
+    def predicted_frames(self):
+        """The future frame that the model foresees after the last step: {camera: uint8 (S, S, 3)}, see draw."""
+        model, config = self.model, self.model.config
+        if not config.video:
+            raise ModelError("this model was trained without video prediction (no [OBS])")
+        answers = self.ask(torch.cat([model.query_obs[c] for c in config.cameras]))
+        frames = {}
+        for camera, x in zip(config.cameras, answers.split(config.latents + 1, 1)):
+            now = to_pixels(self.frames[camera], config.cameras[camera])
+            frames[camera] = to_images(draw(model.video_head(x, camera), now, config))[0].cpu().numpy()
+        return frames
+
+
+def draw(prediction, now, config):
+    """
+    Predicted patches (..., P, patch^2 * 3) -> normalised pixels (..., 3, S, S).
+
+    A patch-normalised prediction lacks each patch's mean and spread; they are taken from the frame observed `now`
+    (..., 3, S, S), never from the future frame, which would leak the answer.
+    """
+    if config.norm_pixels:
+        seen = patchify(now, config.patch)
+        prediction = prediction * (seen.var(-1, keepdim=True).sqrt() + 1e-6) + seen.mean(-1, keepdim=True)
+    return unpatchify(prediction, config.patch)
+
+
+# ------------------------------------------------------------------------------------------ python model.py
+
+def describe(config):
+    """Print the token layout of a timestep and the attention mask drawn small."""
+    table = token_table(config)
+    print(f"tokens of a timestep (x {config.window} timesteps)")
+    for name, count, is_query in table:
+        print(f"  {name:<22}{count:>4}  {'query' if is_query else 'context'}")
+    total = sum(count for _, count, _ in table)
+    print(f"  {'total':<22}{total:>4}  x {config.window} = {total * config.window}\n")
+    kinds = [(name, is_query) for name, _, is_query in table]
+    context = [name for name, is_query in kinds if not is_query]
+    asking = [name for name, is_query in kinds if is_query]
+    mask = attention_mask(2, len(context), [t for t in range(2) for _ in asking])
+    rows = [f"{name} t+{t}" for t in range(2) for name in context] + [f"{name} t+{t}" for t in range(2) for name in asking]
+    print("attention mask, two timesteps, one row a kind of token (# may attend; queries are never attended to)")
+    for name, row in zip(rows, mask):
+        print(f"  {name:<24}" + " ".join("#" if x else "." for x in row))
+
+
+def count_parameters(model):
+    """Print the parameters by part, trained and frozen; returns (trained, total)."""
+    print(f"\n{'parameters':<24}{'trained':>14}{'frozen':>14}")
+    rows = {}
+    for name, p in model.named_parameters():
+        row = rows.setdefault(name.split(".")[0], [0, 0])
+        row[0 if p.requires_grad else 1] += p.numel()
+    for name, (trained, frozen) in rows.items():
+        print(f"  {name:<22}{trained:>14,}{frozen:>14,}")
+    trained, frozen = (sum(column) for column in zip(*rows.values()))
+    print(f"  {'total':<22}{trained:>14,}{frozen:>14,}   sum {trained + frozen:,}")
+    return trained, trained + frozen
+
+
+def main():
+    parser = argparse.ArgumentParser(description="GR-1's tokens, attention mask and parameters", allow_abbrev=False)
+    parser.add_argument("--preset", default="gr1", help="gr1 (the paper's, default) or tiny (a laptop's)")
+    parser.add_argument("--stage", default="finetune", choices=["pretrain", "finetune"])
+    args = parser.parse_args()
+    try:
+        config = preset_config(args.preset, args.stage)
+    except ModelError as error:
+        raise SystemExit(f"error: {error}") from error
+    describe(config)
+    count_parameters(GR1(config, *build_encoders(config, "none", "none")))
+    if args.preset == "gr1" and args.stage == "finetune":
+        print("  the paper's            46 M trained of 195 M (Sec. 4.1)")
+
+
+if __name__ == "__main__":
+    main()
