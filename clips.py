@@ -1,0 +1,477 @@
+"""The packed clip format: writer, reader, random windows for training, checker.
+
+A clip is a sentence, a run of camera frames and, if a robot made it, its states and actions. A data set is:
+
+    DIR/meta.json    source, cameras with sizes, fps, counts, the command; written when all shards are done
+        00000.bin    JPEGs back to back, the cameras interleaved per step, so that a window is one pread:
+                     | static 0 | gripper 0 | static 1 | gripper 1 | ... | static 0 | gripper 0 | ...
+                      '---------------- clip 0 -------------------'  '---- clip 1 ----------
+        00000.npz    where all is in 00000.bin; renamed into place last: it is the shard's commit mark
+        00001.bin    and so on; recipe.json, if there, is what the shards were begun with (see `claim`)
+
+One step of a clip, in CALVIN's names, sizes and units. A clip without a robot is frames and a sentence.
+
+    key          dtype    shape      units and range
+    rgb_static   uint8    (H, W, 3)  RGB 0..255; CALVIN: 200 x 200
+    rgb_gripper  uint8    (H, W, 3)  RGB 0..255; CALVIN: 84 x 84
+    sentence     str                 what is done in the clip; one for all its steps
+    robot_obs    float32  (15,)      tcp x y z [m], tcp Euler x y z [rad], gripper width [m], 7 joints [rad],
+                                     gripper action: -1 closed, +1 open
+    rel_actions  float32  (7,)       dx dy dz [1/50 m], Euler x y z [1/20 rad], in -1..1; gripper -1 or +1;
+                                     NaN: no action is known for this step (say, a clip's last)
+
+A shard's npz, for N clips with M steps and C cameras:
+
+    offsets    int64 (M*C + 1,)  byte where each JPEG begins     sentences, tasks   str (N,)
+    bounds     int64 (N + 1,)    step where each clip begins     episodes           int64 (N,)
+    cameras    str (C,)          names in the order of the bin   crc32              uint32 (N,) of the JPEGs
+    sizes      int64 (C, 2)      height, width                   robot_obs          float32 (M, 15)
+                                                                 rel_actions        float32 (M, 7)
+    Without a robot the last two have 0 rows.
+
+`python clips.py DIR` prints what a data set holds and checks every byte of it.
+"""
+import argparse
+import collections
+import difflib
+import io
+import json
+import os
+import pathlib
+import sys
+import zipfile
+import zlib
+
+import numpy as np
+import simplejpeg
+import torch
+
+FORMAT_VERSION = 1
+OBS_DIM, ACTION_DIM = 15, 7
+KEYS = "offsets bounds sentences tasks episodes crc32 cameras sizes robot_obs rel_actions".split()
+
+
+class ClipsError(Exception):
+    """What is wrong with a data set and what to do about it, in one line for the user."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser for all scripts: guesses no abbreviation, names the flag nearest to a wrong one."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message):
+        for word in message.split():
+            near = difflib.get_close_matches(word.split("=")[0], self._option_string_actions, 1)
+            if word.startswith("--") and "unrecognized" in message and near:
+                message += f"; did you mean {near[0]}?"
+        self.exit(2, f"error: {message} (--help lists all flags)\n")
+
+
+# Writing
+
+def write_whole(path, data):
+    """Write bytes so that `path` holds either all of them or what it held before."""
+    temp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(temp, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temp, path)
+
+
+def shard_is_done(directory, index):
+    """True if shard `index` was written to its end."""
+    return (pathlib.Path(directory) / f"{index:05d}.npz").exists()
+
+
+def check_clip(cameras, frames, sentence, robot_obs, rel_actions):
+    """Raise ValueError unless a clip's parts fit together; return its kind: (sizes [H, W], has actions)."""
+    if set(frames) != set(cameras) or not isinstance(sentence, str):
+        raise ValueError(f"need frames of {cameras} and a str, not {list(frames)} and {sentence!r}")
+    L = len(frames[cameras[0]])
+    parts = [(name, images, "uint8", (L, *images.shape[1:3], 3)) for name, images in frames.items()]
+    parts += [("robot_obs", robot_obs, "float32", (L, OBS_DIM)),
+              ("rel_actions", rel_actions, "float32", (L, ACTION_DIM))]
+    for name, values, dtype, shape in parts:
+        if values is not None and (values.dtype != dtype or values.shape != shape or not L):
+            raise ValueError(f"{name} must be {dtype} {shape} with L > 0, not {values.dtype} {values.shape}")
+    if (robot_obs is None) != (rel_actions is None):
+        raise ValueError("robot_obs and rel_actions come together or not at all")
+    if robot_obs is not None and not (np.isfinite(robot_obs).all() and not np.isinf(rel_actions).any()):
+        raise ValueError("robot_obs must be finite; so must rel_actions, except for NaN where none is known")
+    return [list(frames[name].shape[1:3]) for name in cameras], robot_obs is not None
+
+
+class ShardWriter:
+    """Writes one shard, in a `with` block: after an exception nothing stays under a final name.
+
+    `cameras`: names, in the order in which a step stores them. `quality`, `subsampling` are the JPEGs': "444"
+    keeps CALVIN's saturated blocks sharp, "420" is smaller and enough for video, which had it before.
+    """
+
+    def __init__(self, directory, index, cameras, quality=95, subsampling="444"):
+        self.path, self.cameras = pathlib.Path(directory) / f"{index:05d}.npz", list(cameras)
+        self.jpeg = dict(quality=quality, colorspace="RGB", colorsubsampling=subsampling)
+        self.kind, self.offsets, self.bounds, self.clips, self.rows = None, [0], [0], [], []
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.temp = self.path.with_name(f"{index:05d}.bin.{os.getpid()}.tmp")
+        self.file = open(self.temp, "wb")
+
+    def add(self, frames, sentence, task="", episode=0, robot_obs=None, rel_actions=None):
+        """Append a clip of L steps; ValueError if a shape or dtype is wrong or not that of earlier clips.
+
+        frames {camera: uint8 (L, H, W, 3)}; robot_obs float32 (L, 15), rel_actions float32 (L, 7), or none;
+        episode: the number of the recording, so that `split` never parts two clips of one.
+        """
+        kind = check_clip(self.cameras, frames, sentence, robot_obs, rel_actions)
+        if self.kind not in (None, kind):
+            raise ValueError(f"a shard's clips agree in sizes and actions: {self.kind} before, now {kind}")
+        crc = 0
+        for step in zip(*(frames[name] for name in self.cameras)):
+            for image in step:
+                data = simplejpeg.encode_jpeg(np.ascontiguousarray(image), **self.jpeg)
+                self.file.write(data)
+                self.offsets.append(self.offsets[-1] + len(data))
+                crc = zlib.crc32(data, crc)
+        self.kind = kind
+        self.bounds.append(self.bounds[-1] + len(frames[self.cameras[0]]))
+        self.clips.append((sentence, task, episode, crc))
+        if kind[1]:
+            self.rows.append(np.concatenate([robot_obs, rel_actions], axis=1))
+
+    def close(self):
+        """Put the shard in place: the bin, then the npz which says that the bin is whole."""
+        if self.file.closed:
+            return
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        sentences, tasks, episodes, crc32 = zip(*self.clips) if self.clips else [()] * 4
+        rows = np.concatenate([np.zeros((0, OBS_DIM + ACTION_DIM), np.float32), *self.rows])
+        index = io.BytesIO()
+        np.savez(index, offsets=np.array(self.offsets, np.int64), bounds=np.array(self.bounds, np.int64),
+                 sentences=np.array(sentences, str), tasks=np.array(tasks, str),
+                 episodes=np.array(episodes, np.int64), crc32=np.array(crc32, np.uint32),
+                 cameras=np.array(self.cameras, str),
+                 sizes=np.array(self.kind[0] if self.kind else [], np.int64).reshape(-1, 2),
+                 robot_obs=rows[:, :OBS_DIM], rel_actions=rows[:, OBS_DIM:])
+        self.path.unlink(missing_ok=True)              # a shard made anew: no old npz beside the new bin
+        os.replace(self.temp, self.path.with_suffix(".bin"))
+        write_whole(self.path, index.getvalue())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error, *_):
+        try:
+            if error is None:
+                self.close()
+        finally:
+            self.file.close()
+            self.temp.unlink(missing_ok=True)
+
+
+def claim(directory, **recipe):
+    """Note in recipe.json what the shards are made from; ClipsError if an earlier run noted something else.
+
+    Without it a run with other options would resume on the first one's shards, and mix the two in silence.
+    """
+    path = pathlib.Path(directory) / "recipe.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        write_whole(path, json.dumps(recipe, indent=1).encode())
+    before = json.loads(path.read_text())
+    changed = [f"{key} {before.get(key)}, now {recipe.get(key)}"
+               for key in sorted(before | recipe) if before.get(key) != recipe.get(key)]
+    if changed:
+        raise ClipsError(f"{directory} was begun with {'; '.join(changed)}: delete it or choose another")
+
+
+def write_meta(directory, source, fps, command, **extra):
+    """Count what the shards hold and write meta.json, which makes them a data set; call it when all are done.
+
+    ClipsError if a shard is missing or broken, if they differ in cameras or in having actions, or are empty.
+    """
+    directory = pathlib.Path(directory)
+    last = max((int(path.stem) for path in directory.glob("*.npz")), default=-1)
+    shards = [load_shard(directory, index) for index in range(last + 1)]
+    full = [shard for shard in shards if len(shard["episodes"])]
+    kinds = [(dict(zip(shard["cameras"].tolist(), shard["sizes"].tolist())), len(shard["robot_obs"]) > 0)
+             for shard in full]
+    if not full:
+        raise ClipsError(f"{directory}: no clip was written; mend the cause, delete it and run again")
+    if any(kind != kinds[0] for kind in kinds):
+        raise ClipsError(f"{directory}: shards differ in cameras or actions; delete it and make it again")
+    counts = dict(shards=len(shards), clips=sum(len(shard["episodes"]) for shard in full),
+                  frames=sum(int(shard["bounds"][-1]) for shard in full),
+                  bytes=sum(int(shard["offsets"][-1]) for shard in full))
+    tasks = collections.Counter(task for shard in full for task in shard["tasks"].tolist() if task)
+    meta = dict(format_version=FORMAT_VERSION, source=source, cameras=kinds[0][0], fps=fps, counts=counts,
+                has_actions=kinds[0][1], tasks=dict(sorted(tasks.items())), command=command, **extra)
+    write_whole(directory / "meta.json", json.dumps(meta, indent=1).encode())
+    for stale in directory.glob("*.tmp"):              # of writers that were killed
+        stale.unlink(missing_ok=True)
+
+
+# Reading
+
+def load_shard(directory, index):
+    """Return the arrays of one npz; ClipsError unless they fit each other and the size of the bin."""
+    npz, again = pathlib.Path(directory) / f"{index:05d}.npz", f"run the command that made {directory} again"
+    try:
+        with np.load(npz, allow_pickle=False) as file:
+            shard = {key: file[key] for key in KEYS}
+        size = npz.with_suffix(".bin").stat().st_size
+    except FileNotFoundError as error:
+        raise ClipsError(f"{error.filename} is missing; delete {npz.name}, if there, and {again}") from None
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise ClipsError(f"{npz} can't be read ({error}); delete it and {again}") from None
+    offsets, bounds = shard["offsets"], shard["bounds"]
+    fits = (all(len(shard[key]) == len(bounds) - 1 for key in ("sentences", "tasks", "episodes", "crc32"))
+            and len(offsets) == bounds[-1] * len(shard["cameras"]) + 1 and offsets[0] == bounds[0] == 0
+            and (np.diff(offsets) > 0).all() and (np.diff(bounds) > 0).all()
+            and len(shard["robot_obs"]) == len(shard["rel_actions"]) in (0, bounds[-1]))
+    if not fits or size != offsets[-1]:
+        raise ClipsError(f"{npz.with_suffix('.bin')} has {size} bytes, but {npz.name} says {offsets[-1]}: "
+                         f"one is cut off or changed; delete {npz.name} and {again}")
+    return shard
+
+
+def load_meta(directory):
+    """Return what DIR/meta.json holds; ClipsError, with what to do, if it is not there or not ours."""
+    path = pathlib.Path(directory) / "meta.json"
+    makers = "tabletop.py, record_calvin.py and prepare_*.py make one"
+    if not path.parent.is_dir():
+        raise ClipsError(f"{directory}: no such directory; it should be a data set, {makers}")
+    if not path.exists() and any(path.parent.glob("*.npz")):
+        raise ClipsError(f"{directory}: its making was interrupted; run the same command again")
+    if not path.exists():
+        raise ClipsError(f"{directory} has no meta.json, so it is no data set; {makers}")
+    try:
+        meta = json.loads(path.read_text())
+        version = meta["format_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ClipsError(f"{path} can't be read ({error!r}); run the command that made it again") from None
+    if version != FORMAT_VERSION:
+        raise ClipsError(f"{directory} has format version {version}, not {FORMAT_VERSION}: make it again")
+    return meta
+
+
+class Clips:
+    """A data set, opened for reading; ClipsError if it is not whole.
+
+    `meta`, `cameras` {name: (H, W)}, `has_actions`, `fps`; per clip: `sentences`, `tasks` (lists),
+    `episodes`, `lengths` [steps] (int64). No file stays open, so it can be forked or pickled to any worker.
+    """
+
+    def __init__(self, directory):
+        self.directory, self.meta = pathlib.Path(directory), load_meta(directory)
+        self.has_actions, self.fps = self.meta["has_actions"], self.meta["fps"]
+        self.cameras = {name: tuple(size) for name, size in self.meta["cameras"].items()}
+        self.shards = [load_shard(directory, index) for index in range(self.meta["counts"]["shards"])]
+        self.sentences = [text for shard in self.shards for text in shard.pop("sentences").tolist()]
+        self.tasks = [text for shard in self.shards for text in shard.pop("tasks").tolist()]
+        self.episodes = np.concatenate([shard["episodes"] for shard in self.shards])
+        self.lengths = np.concatenate([np.diff(shard["bounds"]) for shard in self.shards])
+        self.first = np.cumsum([0] + [len(shard["episodes"]) for shard in self.shards])   # clip of each shard
+        if len(self) != self.meta["counts"]["clips"]:
+            raise ClipsError(f"{directory}: shards and meta.json differ; run the command that made it again")
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def find(self, i):
+        """Return the number of the shard that holds clip i, and the first and last + 1 of its steps there."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"clip {i} of {len(self)}")
+        number = int(np.searchsorted(self.first, i, side="right")) - 1
+        return number, *self.shards[number]["bounds"][i - self.first[number]:][:2].tolist()
+
+    def rows(self, i):
+        """Return all of clip i's robot_obs float32 (L, 15) and rel_actions float32 (L, 7)."""
+        number, begin, end = self.find(i)
+        return self.shards[number]["robot_obs"][begin:end], self.shards[number]["rel_actions"][begin:end]
+
+    def read(self, i, start=0, count=None, cameras=None):
+        """Read `count` steps of clip i from `start` on (fewer where it ends; None: all that follow).
+
+        -> dict(frames={camera: uint8 (n, H, W, 3)}, robot_obs (n, 15) or None, rel_actions (n, 7) or None).
+        `cameras`: decode these alone. ClipsError if a JPEG is broken.
+        """
+        number, begin, end = self.find(i)
+        stop = end - begin if count is None else min(start + count, end - begin)
+        if not 0 <= start < stop:
+            raise IndexError(f"steps {start} to {stop} of clip {i}, which has {end - begin}")
+        C = len(self.cameras)
+        offsets = self.shards[number]["offsets"][(begin + start) * C:(begin + stop) * C + 1]
+        # Opened anew each time: microseconds beside the milliseconds of decoding, and no limit on open files.
+        with open(self.directory / f"{number:05d}.bin", "rb", buffering=0) as file:
+            data = memoryview(os.pread(file.fileno(), int(offsets[-1] - offsets[0]), int(offsets[0])))
+        offsets = (offsets - offsets[0]).tolist()
+        frames = {}
+        for c, (name, size) in enumerate(self.cameras.items()):
+            if cameras is None or name in cameras:
+                jpegs = [data[offsets[k]:offsets[k + 1]] for k in range(c, len(offsets) - 1, C)]
+                frames[name] = self.decode(jpegs, size, f"shard {number:05d}, clip {i}, camera {name}")
+        robot_obs, rel_actions = (x[start:stop] for x in self.rows(i)) if self.has_actions else (None, None)
+        return dict(frames=frames, robot_obs=robot_obs, rel_actions=rel_actions)
+
+    def decode(self, jpegs, size, where):
+        """Decode n JPEGs to uint8 (n, H, W, 3)."""
+        frames = np.empty((len(jpegs), *size, 3), np.uint8)
+        try:
+            for image, jpeg in zip(frames, jpegs):
+                image[:] = simplejpeg.decode_jpeg(jpeg, "RGB")
+        except ValueError as error:                    # simplejpeg's, or the wrong size
+            raise ClipsError(f"{self.directory}: a JPEG is broken in {where} ({error}); "
+                             f"`python clips.py {self.directory}` lists all damage") from None
+        return frames
+
+
+def split(clips, fraction, seed=0):
+    """Hold out a share of the episodes: -> (train ids, held-out ids), int64.
+
+    The episodes are shuffled by `seed`. With fraction > 0 at least one of two is held out, but never all.
+    """
+    episodes = np.random.default_rng(seed).permutation(np.unique(clips.episodes))
+    count = min(max(round(fraction * len(episodes)), fraction > 0), len(episodes) - 1)
+    held_out = np.isin(clips.episodes, episodes[:count])
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def open_data(path):
+    """Open PATH, a data set or a folder with training/ and maybe validation/: -> (train, val or None)."""
+    path = pathlib.Path(path)
+    if (path / "meta.json").exists() or not (path / "training").is_dir():
+        return Clips(path), None
+    return Clips(path / "training"), Clips(path / "validation") if (path / "validation").is_dir() else None
+
+
+class Windows(torch.utils.data.Dataset):
+    """Batches of random windows: windows[step] is a function of (seed, rank, step) alone, so that a resumed
+    run sees the data of a straight one. For DataLoader(windows, batch_size=None, sampler=range(first, last)).
+
+    B windows of T steps, each from a clip drawn uniformly from `ids`, short or long. Its start is uniform in
+    [-(T-1), L-1], then clipped to [0, L-T]: thus a clip's ends are seen about as often as its middle (T times
+    less without the overhang). Only a clip shorter than T is padded: with zeros, after its real steps.
+    F more frames are read for targets: frames[:, t + F] is what step t predicts.
+
+        frames       {camera: uint8 (B, T+F, 3, H, W)}
+        sentences    [str] * B
+        mask         bool (B, T)                  real steps
+        future_mask  bool (B, T)                  the clip has a frame t + F
+      and, if a robot made the clips,
+        robot_obs    float32 (B, T, 15)
+        rel_actions  float32 (B, T, chunk, 7)     the actions of steps t .. t + chunk - 1
+        action_mask  bool (B, T, chunk)           those that are known; the others are 0
+    """
+
+    def __init__(self, clips, ids, batch_size, window, future, cameras, chunk=1, seed=0, rank=0):
+        if not set(cameras) <= set(clips.cameras):
+            raise ClipsError(f"{clips.directory} has the cameras {list(clips.cameras)}, not {list(cameras)}")
+        if not len(ids):
+            raise ClipsError(f"{clips.directory}: no clip to draw windows from")
+        self.clips, self.ids, self.cameras = clips, np.asarray(ids), list(cameras)
+        self.B, self.T, self.F, self.chunk = batch_size, window, future, chunk
+        self.seed, self.rank = seed, rank
+
+    def __len__(self):
+        return 2 ** 31 - 1                             # endless, in effect: a run sets its own last step
+
+    def __getitem__(self, step):
+        rng = np.random.default_rng([self.seed, self.rank, step])
+        ids = rng.choice(self.ids, self.B)
+        lengths = self.clips.lengths[ids]
+        starts = np.clip(rng.integers(1 - self.T, lengths), 0, np.maximum(0, lengths - self.T))
+        steps = starts[:, None] + np.arange(self.T)                                         # (B, T)
+        batch = dict(mask=steps < lengths[:, None], future_mask=steps + self.F < lengths[:, None])
+        if self.clips.has_actions:
+            batch |= self.robot(ids, steps)
+        batch = {key: torch.from_numpy(value) for key, value in batch.items()}
+        return batch | dict(frames=self.frames(ids, starts), sentences=[self.clips.sentences[i] for i in ids])
+
+    def frames(self, ids, starts):
+        """Return {camera: uint8 (B, T+F, 3, H, W)}. numpy fills them: torch's threads cost more here."""
+        frames = {name: np.zeros((self.B, self.T + self.F, 3, *self.clips.cameras[name]), np.uint8)
+                  for name in self.cameras}
+        for b, (i, start) in enumerate(zip(ids.tolist(), starts.tolist())):
+            for name, images in self.clips.read(i, start, self.T + self.F, self.cameras)["frames"].items():
+                frames[name][b, :len(images)] = images.transpose(0, 3, 1, 2)
+        return {name: torch.from_numpy(images) for name, images in frames.items()}
+
+    def robot(self, ids, steps):
+        """Return robot_obs, rel_actions and action_mask of the clips `ids` (B,) at `steps` (B, T)."""
+        ahead = steps[:, :, None] + np.arange(self.chunk)                                   # (B, T, chunk)
+        robot_obs = np.zeros((*steps.shape, OBS_DIM), np.float32)
+        rel_actions = np.full((*ahead.shape, ACTION_DIM), np.nan, np.float32)
+        for b, i in enumerate(ids):
+            for out, rows, t in zip((robot_obs[b], rel_actions[b]), self.clips.rows(i), (steps[b], ahead[b])):
+                out[t < len(rows)] = rows[t[t < len(rows)]]
+        known = ~np.isnan(rel_actions).any(-1)
+        return dict(robot_obs=robot_obs, action_mask=known,
+                    rel_actions=np.where(known[..., None], rel_actions, np.float32(0)))
+
+
+# Checking
+
+def check_shard(directory, index):
+    """Return the problems in one shard's bytes: crc of each clip, first and last mark of each JPEG."""
+    try:
+        shard = load_shard(directory, index)
+    except ClipsError as error:
+        return [str(error)]
+    path, offsets, problems = pathlib.Path(directory) / f"{index:05d}.bin", shard["offsets"].tolist(), []
+    with open(path, "rb") as file:
+        for clip, crc in enumerate(shard["crc32"]):
+            first, last = shard["bounds"][clip:clip + 2] * len(shard["cameras"])
+            jpegs = [file.read(end - begin) for begin, end in zip(offsets[first:last], offsets[first + 1:])]
+            if zlib.crc32(b"".join(jpegs)) != crc:
+                problems.append(f"{path}: clip {clip} has changed since it was written (crc32)")
+            elif any(jpeg[:2] + jpeg[-2:] != b"\xff\xd8\xff\xd9" for jpeg in jpegs):
+                problems.append(f"{path}: clip {clip} has an image that is no JPEG")
+    return problems
+
+
+def check(directory):
+    """Read every byte of a data set: -> list of problems, a line each; empty if it is whole."""
+    problems = []
+    try:
+        for index in range(load_meta(directory)["counts"]["shards"]):
+            problems += check_shard(directory, index)
+        if not problems:
+            Clips(directory)                           # do the shards agree with meta.json?
+    except ClipsError as error:
+        problems.append(str(error))
+    return problems
+
+
+def summary(directory):
+    """Return lines that say what a data set claims to hold."""
+    meta = load_meta(directory)
+    cameras = ", ".join(f"{name} {height} x {width}" for name, (height, width) in meta["cameras"].items())
+    actions = "with actions" if meta["has_actions"] else "no actions"
+    return [f"{directory}: {meta['source']}, {cameras}, {meta['fps']} fps, {actions}",
+            "  {clips:,} clips, {frames:,} frames, {bytes:,} bytes, {shards} shards".format(**meta["counts"]),
+            *(f"  {count:7,} {task}" for task, count in meta["tasks"].items())]
+
+
+def main():
+    parser = Parser(description="Print what a data set holds and check every byte of it.")
+    parser.add_argument("directory", type=pathlib.Path, help="a data set or a folder of two")
+    path = parser.parse_args().directory
+    parts = [part for part in (path / "training", path / "validation") if part.is_dir()]
+    problems = []
+    for directory in [path] if (path / "meta.json").exists() or not parts else parts:
+        try:
+            print("\n".join(summary(directory)))
+            problems += check(directory)
+        except ClipsError as error:
+            problems.append(str(error))
+    print("\n".join(problems) or "every byte is as it was written")
+    sys.exit(bool(problems))
+
+
+if __name__ == "__main__":
+    main()
