@@ -1,0 +1,446 @@
+"""
+Train GR-1: `--stage pretrain` on video (what will the camera see?), `--stage finetune` on robot demonstrations
+(what should the arm do, and what will it see?). One script, one loop, from one laptop core to many GPUs:
+
+    python train.py --stage pretrain                          # nothing downloaded: the embedded tabletop, tiny preset
+    torchrun --nproc 8 train.py --stage finetune              # starts from out/pretrain, 8 processes
+    torchrun --nproc 8 train.py --stage finetune --preset gr1 --data DIR       # the paper's model on packed clips
+
+Reads packed clips (clips.py); without --data it lets tabletop.py make them under data/ once. Writes into --out
+(default out/STAGE): model.safetensors + config.json (the model), resume.pt (all that --resume needs), log.jsonl
+(every logged step) and sheets STEP.png (held-out frames: now / predicted / true).
+
+Logged: arm, gripper and one video loss a camera, unweighted; val/... the same on held-out episodes;
+val/video_ratio = error of the predicted frame / error of copying the present one, in the patches that change.
+"""
+import argparse
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import clips
+import model as gr1
+
+# ---------------------------------------------------------------------------------------------- config
+
+
+@dataclass
+class TrainConfig:
+    """One training run. Every field is a flag; 0 and "" stand for "the preset's" (see PRESETS) where they say so."""
+    stage: str = "finetune"        # pretrain: video only; finetune: robot demonstrations
+    preset: str = "tiny"           # tiny (a laptop's) or gr1 (the paper's)
+    data: str = ""                 # packed clips, or a folder with training/ and validation/; "": the tabletop
+    out: str = ""                  # "": out/STAGE
+    init: str = ""                 # finetuning starts from this checkpoint; "": out/pretrain if there; none: fresh
+    seed: int = 0
+    # length and size; one epoch sees every possible window once on average
+    batch: int = 0                 # windows a step, over all processes; 0: the preset's
+    steps: int = 0                 # 0: the preset's steps or epochs
+    epochs: float = 0.0            # 0: the preset's
+    accumulate: int = 1            # split every process' share of the batch into this many passes
+    # optimizer: AdamW, warm-up, cosine; the learning rate depends on the step alone
+    lr: float = 0.0                # 0: the preset's
+    warmup: float = 0.0            # share of the steps; 0: the preset's
+    final_lr: float = 0.01         # share of lr at the end
+    beta2: float = 0.0             # 0: the preset's
+    weight_decay: float = -1.0     # -1: the preset's
+    clip: float = 1.0              # gradient norm
+    arm_weight: float = 100.0      # the official coefficients; the paper's are 1, 1, 1
+    gripper_weight: float = 1.0
+    video_weight: float = 1.0      # of each camera
+    video_steps: int = 0           # timesteps of a window, drawn anew each step, that foresee; 0: the preset's (paper: all)
+    shift: float = -1.0            # random shift, share of the image side; -1: the preset's
+    # the machine
+    precision: str = "auto"        # auto: bf16 on a GPU, fp32 on a CPU
+    compile: bool = False
+    workers: int = -1              # loader processes a process; -1: 4 on a GPU, 0 on a CPU
+    # the gr1 preset's frozen encoders: hub, none (random), or a file
+    vision_weights: str = "hub"
+    text_weights: str = ""         # "": hub, or none where --vision-weights is none
+    # watching
+    held_out: float = 0.02         # share of the episodes, where the data has no validation/
+    log_every: int = 50
+    eval_every: int = 500          # held-out losses, sheet and checkpoint
+    eval_batches: int = 8
+    resume: bool = False           # go on with the run in --out
+
+
+# Paper, Table 3 (batch, learning rate, epochs, warm-up); betas and weight decay from the authors' GR-MG.
+PRESETS = {
+    ("gr1", "pretrain"): dict(batch=1024, lr=3.6e-4, epochs=50, warmup=5 / 50, beta2=0.999, weight_decay=0, shift=0.05, video_steps=99),
+    ("gr1", "finetune"): dict(batch=512, lr=1e-3, epochs=20, warmup=1 / 20, beta2=0.999, weight_decay=0, shift=0.05, video_steps=99),
+    ("tiny", "pretrain"): dict(batch=32, lr=2e-3, steps=1500, warmup=0.05, beta2=0.95, weight_decay=0.01, shift=0, video_steps=99),
+    ("tiny", "finetune"): dict(batch=64, lr=2e-3, steps=5000, warmup=0.05, beta2=0.95, weight_decay=0.01, shift=0, video_steps=1),
+}
+UNSET = dict(batch=0, lr=0.0, video_steps=0, steps=0, epochs=0.0, warmup=0.0, beta2=0.0, weight_decay=-1.0, shift=-1.0)
+# Model settings worth a flag of their own; --model KEY=VALUE reaches the others (see model.GR1Config).
+MODEL_FLAGS = dict(window=int, future=int, chunk=int)
+
+
+def parse(argv=None):
+    """Flags -> (TrainConfig, {model settings}); what the preset decides is filled in."""
+    parser = clips.Parser(description=__doc__.split("\n\n")[0],
+                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for f in dataclasses.fields(TrainConfig):
+        flag = "--" + f.name.replace("_", "-")
+        if f.type is bool:
+            parser.add_argument(flag, action="store_true", help=" ")
+        else:
+            choices = ["pretrain", "finetune"] if f.name == "stage" else None
+            parser.add_argument(flag, type=f.type, default=f.default, choices=choices, help=" ")
+    for name, kind in MODEL_FLAGS.items():
+        parser.add_argument(f"--{name}", type=kind, default=None, help="model setting; default: the preset's")
+    parser.add_argument("--no-video", action="store_true", help="the paper's ablation without [OBS]")
+    parser.add_argument("--no-norm-pix", action="store_true", help="predict plain, not patch-normalised pixels")
+    parser.add_argument("--action-activation", action="store_true", help="ReLU in the action head")
+    parser.add_argument("--model", nargs="*", default=[], metavar="KEY=VALUE", help="other settings of model.GR1Config")
+    args = vars(parser.parse_args(argv))
+    changes = {name: args.pop(name) for name in MODEL_FLAGS}
+    changes = {k: v for k, v in changes.items() if v is not None}
+    changes |= {"video": False} if args.pop("no_video") else {}
+    changes |= {"norm_pixels": False} if args.pop("no_norm_pix") else {}
+    changes |= {"action_activation": True} if args.pop("action_activation") else {}
+    for pair in args.pop("model"):
+        key, _, value = pair.partition("=")
+        try:
+            changes[key] = json.loads(value.lower() if value in ("True", "False") else value)
+        except json.JSONDecodeError:
+            parser.error(f"--model wants KEY=VALUE with a number, true or false, got '{pair}'")
+    config = TrainConfig(**args)
+    gr1.preset_config(config.preset, config.stage, **changes)            # names a misspelt preset or key early
+    for key, value in PRESETS[config.preset, config.stage].items():
+        if getattr(config, key) == UNSET[key] and not (key in ("steps", "epochs") and (config.steps or config.epochs)):
+            setattr(config, key, value)
+    config.out = config.out or f"out/{config.stage}"
+    config.text_weights = config.text_weights or ("none" if config.vision_weights == "none" else "hub")
+    return config, changes
+
+
+# ---------------------------------------------------------------------------------------------- processes
+
+
+@dataclass
+class World:
+    """Which of how many processes this is, and its device."""
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def main(self):
+        return self.rank == 0
+
+    def barrier(self):
+        if self.size > 1:
+            dist.barrier()
+
+    def mean(self, tensor):
+        """Average a tensor over the processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+            tensor /= self.size
+        return tensor
+
+    def print(self, *words):
+        if self.main:
+            tqdm.write(" ".join(map(str, words)), file=sys.stdout)
+
+
+def set_up():
+    """Join the other processes if torchrun started this one: NCCL on GPUs, gloo on CPUs."""
+    local, size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", local) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if size > 1:
+        # hours, because the others wait here while the first process makes the tabletop's clips
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=4))
+        if not gpu:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
+    return World(int(os.environ.get("RANK", 0)), size, device)
+
+
+# ---------------------------------------------------------------------------------------------- data
+
+
+def find_data(config, world):
+    """Open --data, or the tabletop's clips, which the first process makes if they are not there yet."""
+    path, kind = config.data, {"pretrain": "videos", "finetune": "demonstrations"}[config.stage]
+    if not path:
+        path = f"data/tabletop-{kind}"
+        world.print(f"data: no --data given, so the embedded tabletop's {kind} in {path}")
+        if world.main and not os.path.exists(f"{path}/meta.json"):
+            command = [sys.executable, "tabletop.py", "--make", kind, "--out", path]
+            world.print("  making them once: python", *command[1:])
+            if subprocess.run(command, cwd=pathlib.Path(__file__).parent).returncode:
+                raise clips.ClipsError("tabletop.py could not make its clips, see above")
+        world.barrier()
+    training, validation = clips.open_data(path)
+    if config.stage == "finetune" and not training.has_actions:
+        raise clips.ClipsError(f"{path} has no actions (source: {training.meta['source']}): finetuning needs robot "
+                               "demonstrations; use it with --stage pretrain")
+    if validation:
+        return training, np.arange(len(training)), validation, np.arange(len(validation))
+    ids, held_out = clips.split(training, config.held_out)
+    return training, ids, training, held_out if len(held_out) else ids
+
+
+def batches(data, ids, model_config, batch, first, last, config, world):
+    """An iterator over batches first .. last - 1 of random windows; batch number n is the same in every run."""
+    windows = clips.Windows(data, ids, batch, model_config.window, model_config.future, list(model_config.cameras),
+                            model_config.chunk, config.seed, world.rank)
+    workers = config.workers if config.workers >= 0 else 4 * (world.device.type == "cuda")
+    return iter(DataLoader(windows, batch_size=None, sampler=range(first, last), num_workers=workers,
+                           pin_memory=world.device.type == "cuda", prefetch_factor=4 if workers else None))
+
+
+def to_device(batch, device):
+    move = lambda x: x.to(device, non_blocking=True) if torch.is_tensor(x) else x
+    return {k: {c: move(x) for c, x in v.items()} if isinstance(v, dict) else move(v) for k, v in batch.items()}
+
+
+# ---------------------------------------------------------------------------------------------- one pass
+
+
+def predict(net, config, batch, shift=0.0, video_at=None):
+    """Run a batch: -> (predictions, pixels {camera: (B, T + future, 3, S, S)}); shift > 0 augments."""
+    frames = batch["frames"]
+    if shift:
+        frames = {camera: gr1.random_shift(x, shift) for camera, x in frames.items()}
+    pixels = {camera: gr1.to_pixels(x, config.cameras[camera]) for camera, x in frames.items()}
+    seen = {camera: x[:, :config.window] for camera, x in pixels.items()}
+    return net(seen, batch["sentences"], batch.get("robot_obs"), batch["mask"], video_at), pixels
+
+
+def weighted(named, config):
+    """The sum that is minimised."""
+    weights = {"arm": config.arm_weight, "gripper": config.gripper_weight}
+    return sum(weights.get(name, config.video_weight) * value for name, value in named.items())
+
+
+@torch.no_grad()
+def evaluate(net, model_config, data, ids, config, world, autocast):
+    """Mean losses on held-out windows, the same ones every time: {name: float}; and a sheet, uint8 (H, W, 3)."""
+    net.eval()
+    share = -(-config.eval_batches // world.size)
+    size = min(64, max(1, config.batch // world.size))
+    sums, video, sheet = {}, torch.zeros(2, device=world.device), None
+    for batch in batches(data, ids, model_config, size, 0, share, config, world):
+        batch = to_device(batch, world.device)
+        with autocast:
+            out, pixels = predict(net, model_config, batch)
+        for name, value in gr1.losses(out, batch, pixels, model_config).items():
+            sums[name] = sums.get(name, 0) + value / share
+        if model_config.video:
+            video += gr1.change_errors(out, pixels, batch["future_mask"], model_config)
+            sheet = draw_sheet(out, pixels, model_config) if sheet is None and world.main else sheet
+    net.train()
+    means = world.mean(torch.stack([*sums.values(), *video]))
+    result = {f"val/{name}": value.item() for name, value in zip(sums, means)}
+    if model_config.video and means[-1] > 0:
+        result["val/video_ratio"] = (means[-2] / means[-1]).item()
+    return result, sheet
+
+
+def draw_sheet(out, pixels, config, count=8):
+    """Last step of the first windows: columns; per camera three rows, now / predicted / true future frame."""
+    rows = []
+    for camera in config.cameras:
+        now, future = pixels[camera][:count, config.window - 1], pixels[camera][:count, -1]
+        drawn = gr1.draw(out[camera][:count, -1].float(), now, config)
+        rows += [gr1.to_images(x).cpu().numpy() for x in (now, drawn, future)]
+    side = max(config.cameras.values())
+    row = lambda images: np.concatenate([np.array(Image.fromarray(x).resize((side, side), 0)) for x in images], 1)
+    return np.concatenate([row(images) for images in rows])
+
+
+# ---------------------------------------------------------------------------------------------- model, checkpoints
+
+
+def build(config, changes, world):
+    """The model of the preset, from its checkpoint where the run starts from one."""
+    model_config = gr1.preset_config(config.preset, config.stage, **changes)
+    torch.manual_seed(config.seed)
+    vision, text = gr1.build_encoders(model_config, config.vision_weights, config.text_weights)
+    model = gr1.GR1(model_config, vision, text)
+    model.trunk.unused_wte.requires_grad_(False)         # DDP would wait for its gradient
+    init = config.init or ("out/pretrain" if config.stage == "finetune" and not config.data
+                           and os.path.exists("out/pretrain/config.json") else "none")
+    if init == "none":
+        world.print("init: fresh weights" + (" (--init CHECKPOINT starts from another run's)" if not config.init else ""))
+        return model.to(world.device)
+    state = gr1.read_weights(os.path.join(init, "model.safetensors"))
+    fresh = model.load_trained(state, init, may_miss=STAGE_PARTS)
+    world.print(f"init: {len(state)} tensors from {init} (--init none starts fresh)"
+                + (f"; not in it, so fresh: {', '.join(sorted({'.'.join(k.split('.')[:2]) for k in fresh}))}" if fresh else ""))
+    return model.to(world.device)
+
+
+# what finetuning has and pre-training lacks: the robot, and cameras other than the first
+STAGE_PARTS = ("embed_arm", "embed_gripper", "embed_state", "query_act", "action_head", "embed_latents.rgb_gripper",
+               "embed_cls.rgb_gripper", "query_obs.rgb_gripper")
+
+
+def learning_rate(step, config):
+    """Linear warm-up, then cosine down to final_lr of the peak."""
+    warmup = max(1, round(config.warmup * config.steps))
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, config.steps - warmup)
+    return config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def save(config, model, optimizer, step):
+    """Write the model for others, then resume.pt for this run; each file is renamed into place when whole."""
+    info = dict(step=step, train=dataclasses.asdict(config))
+    if config.preset == "gr1":
+        info["encoders"] = dict(vision_weights=config.vision_weights, text_weights=config.text_weights)
+    gr1.save_checkpoint(config.out, model, **info)
+    path = os.path.join(config.out, "resume.pt")
+    torch.save(dict(step=step, model=model.trained_state(), optimizer=optimizer.state_dict(),
+                    config=dataclasses.asdict(config)), path + ".tmp")
+    os.replace(path + ".tmp", path)
+
+
+def load_resume(config, model, optimizer, world):
+    """Load resume.pt: -> step to go on with. The settings must be those that the run was started with."""
+    path = os.path.join(config.out, "resume.pt")
+    if not os.path.exists(path):
+        raise gr1.ModelError(f"--resume finds no run in {config.out}")
+    state = torch.load(path, map_location=world.device, weights_only=True)
+    free = {"resume", "workers", "log_every", "eval_every", "eval_batches", "compile", "accumulate", "init"}
+    for key, value in state["config"].items():
+        if key not in free and getattr(config, key) != value:
+            raise gr1.ModelError(f"{config.out} was started with --{key.replace('_', '-')} {value}, not "
+                                 f"{getattr(config, key)}: give the same, or another --out")
+    model.load_trained(state["model"], path)
+    optimizer.load_state_dict(state["optimizer"])
+    world.print(f"resume: {config.out} at step {state['step']}")
+    return state["step"]
+
+
+def make_room(out, world):
+    """Move an earlier run in `out` aside, so that nothing is overwritten."""
+    if world.main and os.path.exists(os.path.join(out, "config.json")):
+        n = 1
+        while os.path.exists(f"{out}.{n}"):
+            n += 1
+        os.rename(out, f"{out}.{n}")
+        world.print(f"out: the run that was in {out} is now in {out}.{n} (--resume would have gone on with it)")
+    world.barrier()
+    os.makedirs(out, exist_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------- the run
+
+
+def main():
+    config, changes = parse()
+    world = set_up()
+    data, ids, val_data, val_ids = find_data(config, world)
+    model = build(config, changes, world)
+    model_config = model.config
+    if not config.resume:
+        make_room(config.out, world)
+
+    windows = int(np.maximum(1, data.lengths[ids] - model_config.window + 1).sum())
+    config.steps = config.steps or math.ceil(config.epochs * windows / config.batch)
+    config.epochs = 0.0
+    micro, rest = divmod(config.batch, world.size * config.accumulate)
+    if rest or not micro:
+        raise gr1.ModelError(f"--batch {config.batch} does not divide over {world.size} processes x {config.accumulate} "
+                             f"passes: choose a multiple of {world.size * config.accumulate}")
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, config.lr, (0.9, config.beta2), weight_decay=config.weight_decay, fused=True)
+    first = load_resume(config, model, optimizer, world) if config.resume else 0
+    net = torch.compile(model) if config.compile else model
+    net = DistributedDataParallel(net, gradient_as_bucket_view=True) if world.size > 1 else net
+    bf16 = config.precision == "bf16" or config.precision == "auto" and world.device.type == "cuda"
+    autocast = torch.autocast(world.device.type, torch.bfloat16) if bf16 else nullcontext()
+
+    world.print(f"model: {json.dumps(dataclasses.asdict(model_config))}")
+    world.print(f"train: {json.dumps(dataclasses.asdict(config))}")
+    world.print(f"{sum(p.numel() for p in parameters):,} trained parameters; {len(ids)} clips, {windows:,} windows, "
+                f"{len(val_ids)} clips held out; {config.steps} steps of {config.batch} windows "
+                f"({config.steps * config.batch / windows:.1f} epochs); {world.size} x {world.device.type}, "
+                f"{'bf16' if bf16 else 'fp32'}")
+
+    loader = batches(data, ids, model_config, micro, first * config.accumulate, config.steps * config.accumulate,
+                     config, world)
+    log = open(os.path.join(config.out, "log.jsonl"), "a") if world.main else None
+    bar = tqdm(total=config.steps, initial=first, desc=config.stage, disable=not world.main or not sys.stderr.isatty())
+    model.train()
+    start, since = time.time(), first
+    for step in range(first, config.steps):
+        # the step's random numbers depend on seed, step and rank alone: a resumed run draws the same
+        torch.manual_seed(((config.seed * 1_000_003 + step) * 10_007 + world.rank) % 2 ** 63)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        for part in range(config.accumulate):
+            batch = to_device(next(loader), world.device)
+            last = part == config.accumulate - 1
+            with nullcontext() if last or world.size == 1 else net.no_sync():
+                with autocast:
+                    video_at = torch.randperm(model_config.window)[:config.video_steps].tolist()
+                    out, pixels = predict(net, model_config, batch, config.shift, video_at)
+                    named = gr1.losses(out, batch, pixels, model_config, video_at)
+                (weighted(named, config) / config.accumulate).backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        bar.update()
+
+        done = step + 1
+        if done % config.log_every == 0 or done == config.steps:
+            means = world.mean(torch.stack([x.detach() for x in named.values()]))
+            seconds = (time.time() - start) / (done - since)
+            line = dict(step=done, **dict(zip(named, means.tolist())), lr=learning_rate(step, config),
+                        grad_norm=norm.item(), ms=1000 * seconds, samples_per_s=config.batch / seconds)
+            report(line, world, log)
+            start, since = time.time(), done
+        if done % config.eval_every == 0 or done == config.steps:
+            line, sheet = evaluate(net, model_config, val_data, val_ids, config, world, autocast)
+            report(dict(step=done, **line), world, log)
+            if world.main:
+                save(config, model, optimizer, done)
+                if sheet is not None:
+                    Image.fromarray(sheet).save(os.path.join(config.out, f"{done:06d}.png"))
+            start, since = time.time(), done
+    bar.close()
+    world.print(f"done: {config.out}/model.safetensors")
+    if world.size > 1:
+        dist.destroy_process_group()
+
+
+def report(line, world, log):
+    """Print one line of figures and add it to log.jsonl."""
+    if world.main:
+        short = lambda v: str(v) if isinstance(v, int) else f"{v:.4g}"
+        world.print("  ".join(f"{name} {short(value)}" for name, value in line.items()))
+        log.write(json.dumps(line) + "\n")
+        log.flush()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (clips.ClipsError, gr1.ModelError) as problem:
+        sys.exit(f"error: {problem}")
