@@ -1,0 +1,324 @@
+"""
+Look at a policy: roll it out in the embedded tabletop, and lay what it foresees beside what the cameras saw.
+
+    python sample.py                                        # out/finetune, scene D, eight rollouts as GIFs
+    python sample.py --instruction "push the red block to the left"
+    python sample.py --show-predictions                     # predicted frames too, in the GIFs and as sheets
+    python sample.py --show-predictions --data DIR          # on recorded clips: nobody acts
+    python sample.py --show-predictions --data DIR --checkpoint out/pretrain      # a model without a robot
+
+Reads a checkpoint (train.py) and maybe packed clips (clips.py). Writes into --out, per rollout or clip:
+NAME.gif, the cameras with sentence and outcome; with predictions also NAME.png, a sheet of about eight
+moments: true now / predicted t+F / true t+F / error, for each camera. F is the model's `future`.
+"""
+import dataclasses
+import difflib
+import io
+import math
+import os
+import pathlib
+import sys
+import tempfile
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+import clips
+import model as gr1
+import tabletop
+
+STEPS = 60                     # of an instruction in the tabletop, as in eval_calvin.py
+MOMENTS = 8                    # columns of a sheet
+FRAME_MS, LAST_MS = 150, 1000  # slower than life: a tabletop rollout lasts about a second
+HEAT = 4                       # the error is drawn so many times brighter
+
+
+def parse():
+    parser = clips.Parser(description="Rollouts and predicted frames as pictures.")
+    parser.add_argument("--checkpoint", help="directory that train.py wrote (default: out/finetune)")
+    parser.add_argument("--instruction", help="your sentence for every rollout (default: the tasks')")
+    parser.add_argument("--scene", default="D", choices=list(tabletop.SCENES))
+    parser.add_argument("--show-predictions", action="store_true", help="show what the model foresees")
+    parser.add_argument("--data", help="show predictions on these packed clips instead of rollouts")
+    parser.add_argument("--episodes", type=int, default=8, help="rollouts or clips (default: 8)")
+    parser.add_argument("--seed", type=int, default=0, help="of starts, sentences and clips (default: 0)")
+    parser.add_argument("--out", default="out/sample", help="directory of the pictures (default: out/sample)")
+    args = parser.parse_args()
+    args.show_predictions |= args.data is not None
+    if args.data is not None and args.instruction is not None:
+        raise gr1.ModelError("clips bring their own sentences: give --instruction or --data, not both")
+    if args.episodes < 1 or args.seed < 0:
+        raise gr1.ModelError("--episodes must be 1 or more and --seed 0 or more")
+    return args
+
+
+def load_model(args):
+    """The model that --checkpoint names, on a GPU if there is one; sets args.checkpoint, args.trained."""
+    if args.checkpoint is None and args.show_predictions and os.path.exists("out/pretrain/config.json") \
+            and not os.path.exists("out/finetune/config.json"):
+        raise gr1.ModelError("no checkpoint in out/finetune: train one with `train.py --stage finetune`, or "
+                             "--checkpoint out/pretrain --data DIR to see what a pre-trained one foresees")
+    args.checkpoint = args.checkpoint or "out/finetune"
+    args.trained = gr1.read_config(args.checkpoint)
+    model = gr1.GR1.from_pretrained(args.checkpoint)
+    if args.show_predictions and not model.config.video:
+        raise gr1.ModelError(f"{args.checkpoint} was trained without [OBS]: it predicts no frames to show")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# ---------------------------------------------------------------------------------------------- takes
+
+
+@dataclass
+class Take:
+    """A rollout or a recorded clip of L steps."""
+    name: str                  # of its files
+    sentence: str
+    outcome: str
+    done: bool | None          # the oracle's verdict, None without one
+    frames: dict               # {camera: uint8 (L, H, W, 3)}
+    robot_obs: np.ndarray      # float32 (L, 15), or None
+    fps: float
+
+    @property
+    def length(self):
+        return len(next(iter(self.frames.values())))
+
+
+def rollouts(args, model):
+    """Takes of the policy in the tabletop. Task, sentence and start follow from seed and number alone."""
+    if not set(model.config.cameras) <= {"rgb_static", "rgb_gripper"}:
+        raise gr1.ModelError(f"the tabletop has not all cameras of {list(model.config.cameras)}: use --data")
+    policy, order = gr1.Policy(model), np.random.default_rng(args.seed).permutation(list(tabletop.TASKS))
+    known = {sentence: task for task, sentences in tabletop.TASKS.items() for sentence in sentences}
+    for i in range(args.episodes):
+        seed, task, sentence = args.seed + i, str(order[i % len(order)]), args.instruction
+        if sentence is None:
+            sentence = str(np.random.default_rng([seed, 7]).choice(tabletop.TASKS[task]))
+        else:
+            task = known.get(" ".join(sentence.lower().split()))
+        world = tabletop.Tabletop(args.scene, seed)
+        world.reset(*tabletop.draw_start(args.scene, task, seed) if task else ())
+        yield roll_out(world, policy, task, sentence, f"rollout-{i:02d}")
+    if task is None:
+        near = difflib.get_close_matches(sentence.lower(), known, 1, 0)[0]
+        print(f"not judged: the oracle doesn't know '{sentence}'; the nearest that it knows is '{near}'")
+
+
+def roll_out(world, policy, task, sentence, name):
+    """Play one instruction until the oracle says yes or STEPS are over; task None: nobody judges. -> Take"""
+    start, seen, done = world.get_info(), [world.observe()], False if task else None
+    policy.reset()
+    while len(seen) <= STEPS and not done:
+        seen.append(world.step(policy.step(seen[-1], sentence)))
+        done = task and tabletop.success(task, start, world.get_info())
+    outcome = {None: "not judged", False: f"not done in {STEPS} steps",
+               True: f"success after {len(seen) - 1} steps"}[done]
+    frames = {camera: np.stack([o[camera] for o in seen]) for camera in policy.model.config.cameras}
+    return Take(name, sentence, outcome, done, frames, np.stack([o["robot_obs"] for o in seen]), tabletop.FPS)
+
+
+def recorded(args, model):
+    """Takes of clips drawn from a data set: held-out ones, where it or the checkpoint tells which."""
+    data, held_out = clips.open_data(args.data)
+    if held_out:
+        data, ids, kind = held_out, np.arange(len(held_out)), "held-out clip"
+    else:
+        ids, held_out = clips.split(data, args.trained.get("train", {}).get("held_out", 0))
+        ids, kind = (held_out, "held-out clip") if len(held_out) else (ids, "clip")
+    lacking = [camera for camera in model.config.cameras if camera not in data.cameras]
+    if lacking:
+        raise clips.ClipsError(f"{data.directory} has no camera {lacking[0]}, which {args.checkpoint} needs: "
+                               "give other data or another --checkpoint")
+    if model.config.robot and not data.has_actions:
+        raise clips.ClipsError(f"{data.directory} has no robot states, which {args.checkpoint} needs: "
+                               "give demonstrations, or a pre-trained --checkpoint")
+    for i in np.random.default_rng(args.seed).permutation(ids)[:args.episodes].tolist():
+        clip = data.read(i, cameras=list(model.config.cameras))
+        yield Take(f"clip-{i:05d}", data.sentences[i], f"{kind} {i} of {data.directory}", None,
+                   clip["frames"], clip["robot_obs"], data.fps)
+
+
+# ---------------------------------------------------------------------------------------------- foresight
+
+
+def foresee(model, pixels, take):
+    """
+    What the model foresees at each step: {camera: (1, L, P, patch^2 * 3)}; pixels: {camera: (L, 3, S, S)}.
+
+    GR1.forward's lines over a sliding window whose last step is asked: what Policy.predicted_frames does. The
+    first window answers for all its steps, none of which looks ahead. Each frame is encoded once.
+    """
+    config, size, answers = model.config, min(model.config.window, take.length), []
+    images, language = model.encode_images(pixels)[None], model.encode_language([take.sentence])
+    if config.robot:
+        state = model.encode_state(torch.from_numpy(take.robot_obs).to(images.device))[None]
+    for first in range(take.length - size + 1):
+        window = slice(first, first + size)
+        context = model.context(language, images[:, window], state[:, window] if config.robot else None)
+        queries, at = model.queries([], range(size) if first == 0 else [size - 1])
+        answers.append(model.heads(model.trunk(context, queries[None], at), 0))
+    return {camera: torch.cat([answer[camera] for answer in answers], 1) for camera in config.cameras}
+
+
+@torch.no_grad()
+def look_ahead(model, take):
+    """-> strips {camera: {label: uint8 (L, S, S, 3)}}, squared errors (cameras, 2), see gr1.change_errors."""
+    config, F, strips = model.config, model.config.future, {}
+    device = next(model.parameters()).device
+    pixels = {camera: gr1.to_pixels(torch.from_numpy(take.frames[camera]).to(device).movedim(-1, 1), side)
+              for camera, side in config.cameras.items()}
+    out = foresee(model, pixels, take)
+    for camera, x in pixels.items():
+        now, predicted = (gr1.to_images(y).cpu().numpy() for y in (x, gr1.draw(out[camera][0], x, config)))
+        true = np.concatenate([now[F:], np.full_like(now[:F], 232)])              # past the end: a gray field
+        error = HEAT * np.abs(predicted.astype(float) - true).mean(-1, keepdims=True)
+        strips[camera] = {"true now": now, f"predicted t+{F}": predicted, f"true t+{F}": true,
+                          f"error x {HEAT}": error.clip(0, 255).astype(np.uint8).repeat(3, -1)}
+    pairs = max(0, take.length - F)                                 # steps whose future frame was seen
+    errors = gr1.change_errors({camera: x[:, :pairs] for camera, x in out.items()},
+                               {camera: x[None] for camera, x in pixels.items()},
+                               torch.ones(1, pairs, dtype=torch.bool, device=device),
+                               dataclasses.replace(config, window=pairs))         # one window: the take
+    return strips, errors.cpu()
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+PAD, INK, GRAY = 8, (24, 24, 28), (100, 100, 108)
+COLOURS = {True: (20, 128, 60), False: (190, 50, 40), None: GRAY}        # of the outcome, by verdict
+LARGE, SMALL = (ImageFont.load_default(size=size) for size in (19, 13))
+
+
+def enlarge(image, side):
+    return Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST)
+
+
+def wrap(text, font, width):
+    """Break text into lines of at most `width` px."""
+    lines = [""]
+    for word in text.split():
+        fits = not lines[-1] or font.getlength(f"{lines[-1]} {word}") <= width
+        lines[-1:] = [f"{lines[-1]} {word}".strip()] if fits else [lines[-1], word]
+    return lines
+
+
+def page(caption, heads, groups):
+    """Lay out caption [(text, font, colour)], a head a column, groups of rows [[(label, images), ...]]."""
+    rows = [row for group in groups for row in group]
+    gutter = max(round(SMALL.getlength(line)) for label, _ in rows for line in label.split("\n"))
+    left = PAD + (gutter + PAD if gutter else 0)
+    columns = np.cumsum([left] + [image.width + PAD for image in rows[0][1]]).tolist()
+    width = columns[-1]
+    lines = [(line, font, ink) for text, font, ink in caption for line in wrap(text, font, width - 2 * PAD)]
+    height = sum(font.size * 7 // 5 for _, font, _ in lines) + sum(x[0].height + PAD for _, x in rows)
+    picture = Image.new("RGB", (width, height + 5 * PAD + 2 * PAD * (len(groups) - 1)), "white")
+    pen, y = ImageDraw.Draw(picture), PAD
+    for line, font, ink in lines:
+        pen.text((PAD, y), line, ink, font)
+        y += font.size * 7 // 5
+    y += 4 * PAD
+    for x, head in zip(columns, heads):
+        pen.text((x, y - PAD // 2), head, INK, SMALL, anchor="ls")
+    for group in groups:
+        for label, images in group:
+            pen.text((PAD, y + images[0].height // 2), label, INK, SMALL, anchor="lm")
+            for x, image in zip(columns, images):
+                picture.paste(image, (x, y))
+            y += images[0].height + PAD
+        y += 2 * PAD
+    return picture
+
+
+def rollout_page(take, caption, t):
+    """The cameras side by side, four times their size."""
+    first, *others = take.frames
+    images = [enlarge(x[t], 4 * x.shape[2]) for x in take.frames.values()]
+    return page(caption, [f"{first}, step {t}", *others], [[("", images)]])
+
+
+def prediction_page(strips, caption, t, past_end):
+    """Columns true now, predicted, true future frame; a row a camera."""
+    side = max(192, *(len(strip["true now"][0]) for strip in strips.values()))
+    rows = [(c, [enlarge(x[t], side) for x in list(strip.values())[:3]]) for c, strip in strips.items()]
+    now, predicted, true, _ = strips[rows[0][0]]
+    return page(caption, [f"{now}, t = {t}", predicted, true + ": past the end" * past_end], [rows])
+
+
+def sheet(strips, caption, moments):
+    """A column a moment; for each camera a row a strip."""
+    side, groups = max(128, *(len(strip["true now"][0]) for strip in strips.values())), []
+    for camera, strip in strips.items():
+        rows = [(label, [enlarge(x[t], side) for t in moments]) for label, x in strip.items()]
+        groups.append([(f"{camera}\n{rows[0][0]}", rows[0][1]), *rows[1:]])
+    return page(caption, [f"t = {t}" for t in moments], groups)
+
+
+def write_gif(path, pages):
+    # One palette for all pages: they don't flicker, and what stays still takes no bytes. Pillow's usual one
+    # would fade what is small and bright, the blocks; "maximum coverage" keeps it.
+    some = np.concatenate([np.asarray(page)[::2, ::2] for page in pages[::math.ceil(len(pages) / 8)]])
+    palette = Image.fromarray(some).quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2)
+    pages = [page.quantize(palette=palette, dither=Image.Dither.NONE) for page in pages]
+    file, times = io.BytesIO(), [FRAME_MS] * (len(pages) - 1) + [LAST_MS]
+    pages[0].save(file, "GIF", save_all=True, append_images=pages[1:], duration=times, loop=0)
+    clips.write_whole(path, file.getvalue())
+
+
+def draw_take(args, model, take, out):
+    """Write the take's pictures into directory out; -> squared errors (cameras, 2), see look_ahead."""
+    caption, F = [(take.sentence, LARGE, INK), (take.outcome, SMALL, COLOURS[take.done])], model.config.future
+    if not args.show_predictions:
+        write_gif(out / f"{take.name}.gif", [rollout_page(take, caption, t) for t in range(take.length)])
+        return torch.zeros(2)
+    notes = [f"checkpoint {args.checkpoint}, step {args.trained.get('step')}; "
+             f"t+{F}: {F} frame{'s' * (F > 1)}, {F / take.fps:.2f} s, after t"]
+    if model.config.norm_pixels:
+        notes += ["predictions up to each patch's mean and spread are drawn with those of the last observed "
+                  "frame"]
+    caption += [(note, SMALL, GRAY) for note in notes]
+    strips, errors = look_ahead(model, take)
+    write_gif(out / f"{take.name}.gif",
+              [prediction_page(strips, caption, t, t + F >= take.length) for t in range(take.length)])
+    if take.length > F:
+        moments = np.unique(np.linspace(0, take.length - F - 1, MOMENTS).round().astype(int))
+        note = f"error: |predicted - true|, {HEAT} times brighter (white: {255 // HEAT} of 255 or more)"
+        file = io.BytesIO()
+        sheet(strips, caption + [(note, SMALL, GRAY)], moments).save(file, "PNG")
+        clips.write_whole(out / f"{take.name}.png", file.getvalue())
+    return errors
+
+
+def main():
+    args = parse()
+    model, out, what = load_model(args), pathlib.Path(args.out), "rollouts" if args.data is None else "clips"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise gr1.ModelError(f"cannot write to --out {out}: {error.strerror}") from None
+    print(f"checkpoint {args.checkpoint} (--checkpoint), step {args.trained.get('step')}, seed {args.seed}, "
+          + (f"tabletop scene {args.scene}" if args.data is None else f"clips of {args.data}"))
+    verdicts, errors = [], torch.zeros(len(model.config.cameras), 2)
+    for take in (rollouts if args.data is None else recorded)(args, model):
+        errors += draw_take(args, model, take, out)
+        verdicts.append(take.done)
+        print(f"{take.name}: {take.outcome:<22} {take.sentence}", flush=True)
+    if args.show_predictions:
+        ratios = [("all cameras", errors.sum(0)), *zip(model.config.cameras, errors)]
+        print(f"error of prediction / error of copying the present frame, in the patches that change, over "
+              f"{len(verdicts)} {what}: "
+              + ", ".join(f"{name} {mine / copied:.2f}" for name, (mine, copied) in ratios if copied > 0)
+              + " (below 1: better than 'nothing moves')")
+    if None not in verdicts:
+        print(f"{sum(verdicts)} of {len(verdicts)} done")
+    print(f"pictures in {out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (clips.ClipsError, gr1.ModelError) as problem:
+        sys.exit(f"error: {problem}")
