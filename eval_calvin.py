@@ -5,12 +5,13 @@ Judge a policy by CALVIN's rules: single instructions, and chains of five instru
     python eval_calvin.py --policy untrained                # baselines: untrained, random, noop, scripted
     python eval_calvin.py --shuffle-language                # every instruction swapped for another task's
 
-The rules: a chain starts from a given state; each of its instructions has a number of steps (360 in CALVIN, 60 in the
-tabletop, whose demonstrations take about 14) and succeeds as soon as the oracle sees the change of state that the task
-asks for, counted from the state at which the instruction was given; the next one follows from there, without a
-reset of the world but with the policy's history cleared; the chain ends at the first failure. Every episode counts.
+The rules: a chain starts from a given state; each of its instructions has a number of steps (360 in CALVIN,
+60 in the tabletop, whose demonstrations take about 14) and succeeds as soon as the oracle sees the change of
+state that the task asks for, counted from the state at which the instruction was given; the next one follows
+from there, without a reset of the world but with the policy's history cleared; the chain ends at the first
+failure. Every episode counts.
 
-Reads a checkpoint (train.py). Prints the report and writes it to --out: report.json (every episode) and report.md.
+Reads a checkpoint (train.py). Prints the report, writes it to --out: report.md, report.json (every episode).
 """
 import json
 import math
@@ -34,17 +35,25 @@ STEPS = 60                     # of an instruction, in the tabletop
 
 def parse():
     parser = clips.Parser(description="Judge a policy by CALVIN's rules.")
-    parser.add_argument("--env", default="tabletop", choices=["tabletop"], help="the world (default: tabletop)")
+    parser.add_argument("--env", default="tabletop", choices=["tabletop"],
+                        help="the world (default: tabletop)")
     parser.add_argument("--checkpoint", default="out/finetune", help="directory that train.py wrote")
-    parser.add_argument("--policy", default="model", choices=["model", "untrained", "random", "noop", "scripted"])
+    parser.add_argument("--policy", default="model",
+                        choices=["model", "untrained", "random", "noop", "scripted"])
     parser.add_argument("--scene", default="D", choices=list(tabletop.SCENES))
-    parser.add_argument("--episodes", type=int, default=20, help="single-instruction episodes a task (default: 20)")
+    parser.add_argument("--episodes", type=int, default=20,
+                        help="single-instruction episodes a task (default: 20)")
     parser.add_argument("--chains", type=int, default=200, help="chains of five instructions (default: 200)")
-    parser.add_argument("--shuffle-language", action="store_true", help="give each episode another task's sentence")
-    parser.add_argument("--seed", type=int, default=1_000_000, help="of the starting states (default: %(default)s)")
+    parser.add_argument("--shuffle-language", action="store_true",
+                        help="give each episode another task's sentence")
+    parser.add_argument("--seed", type=int, default=1_000_000,
+                        help="of the starting states (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
     parser.add_argument("--out", default="out/eval", help="directory of the report (default: out/eval)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.workers < 1 or min(args.seed, args.episodes, args.chains) < 0:
+        parser.error("--workers must be 1 or more, --seed, --episodes and --chains 0 or more")
+    return args
 
 
 # ---------------------------------------------------------------------------------------------- policies
@@ -56,6 +65,9 @@ class Baseline:
     def __init__(self, kind, seed=0):
         self.kind, self.rng = kind, np.random.default_rng(seed)
 
+    def seed(self, seed):
+        self.rng = np.random.default_rng(seed)
+
     def reset(self):
         pass
 
@@ -65,17 +77,12 @@ class Baseline:
         return np.append(self.rng.uniform(-1, 1, 6), self.rng.choice([-1, 1])).astype(np.float32)
 
 
-class Scripted:
+class Scripted(Baseline):
     """The demonstrator, which reads the true state and the task's name."""
 
-    def __init__(self, seed=0):
-        self.rng = np.random.default_rng(seed)
-
     def start(self, world, task):
-        self.actions = tabletop.demonstrate(world, task, self.rng) if tabletop.feasible(world, task) else iter(())
-
-    def reset(self):
-        pass
+        self.actions = (tabletop.demonstrate(world, task, self.rng) if tabletop.feasible(world, task)
+                        else iter(()))
 
     def step(self, observation, sentence):
         return next(self.actions, np.array([0, 0, 0, 0, 0, 0, observation["robot_obs"][14]], np.float32))
@@ -86,7 +93,7 @@ def load_policy(args):
     if args.policy in ("random", "noop"):
         return Baseline(args.policy, args.seed)
     if args.policy == "scripted":
-        return Scripted(args.seed)
+        return Scripted("scripted", args.seed)
     if args.policy == "untrained":
         torch.manual_seed(args.seed)
         config = gr1.preset_config("tiny")
@@ -121,7 +128,8 @@ def instruction(task, seed, shuffle):
 def play_single(world, policy, args, task, seed):
     world.reset(*tabletop.draw_start(args.scene, task, seed))
     sentence = instruction(task, seed, args.shuffle_language)
-    return dict(kind="single", seed=seed, task=task, sentence=sentence, steps=follow(world, policy, task, sentence))
+    return dict(kind="single", seed=seed, task=task, sentence=sentence,
+                steps=follow(world, policy, task, sentence))
 
 
 def play_chain(world, policy, args, seed):
@@ -139,6 +147,8 @@ def work(job):
     """Play one episode, in a worker: job is (kind, task or None, seed)."""
     kind, task, seed = job
     world = tabletop.Tabletop(WORKER["args"].scene, seed)
+    if isinstance(WORKER["policy"], Baseline):
+        WORKER["policy"].seed([seed, 2])                      # not on what this worker has played before
     if kind == "single":
         return play_single(world, WORKER["policy"], WORKER["args"], task, seed)
     return play_chain(world, WORKER["policy"], WORKER["args"], seed)
@@ -179,14 +189,17 @@ def summarise(results):
             steps = [r["steps"] for r in single if r["task"] == task]
             done = [s for s in steps if s is not None]
             tasks[task] = dict(successes=len(done), episodes=len(steps), rate=len(done) / len(steps),
-                               interval=wilson(len(done), len(steps)), steps=float(np.mean(done)) if done else None)
+                               interval=wilson(len(done), len(steps)),
+                               steps=float(np.mean(done)) if done else None)
         figures["tasks"] = tasks
-        figures["single"] = dict(mean=float(np.mean([t["rate"] for t in tasks.values()])), episodes=len(single),
-                                 interval=bootstrap([r["steps"] is not None for r in single]))
+        figures["single"] = dict(
+            mean=float(np.mean([t["rate"] for t in tasks.values()])), episodes=len(single),
+            interval=bootstrap([r["steps"] is not None for r in single]))
     if chains:
         lengths = [r["length"] for r in chains]
-        figures["chains"] = dict(n=len(chains), average_length=float(np.mean(lengths)), interval=bootstrap(lengths),
-                                 in_a_row=[float(np.mean([length > k for length in lengths])) for k in range(CHAIN)])
+        figures["chains"] = dict(
+            n=len(chains), average_length=float(np.mean(lengths)), interval=bootstrap(lengths),
+            in_a_row=[float(np.mean([length > k for length in lengths])) for k in range(CHAIN)])
     return figures
 
 
@@ -197,14 +210,16 @@ def markdown(header, figures):
         for task, t in figures["tasks"].items():
             steps = f"{t['steps']:.0f}" if t["steps"] else "-"
             low, high = t["interval"]
-            lines += [f"| {task} | {t['rate']:.0%} ({t['successes']}/{t['episodes']}) | {low:.0%} - {high:.0%} | {steps} |"]
+            lines += [f"| {task} | {t['rate']:.0%} ({t['successes']}/{t['episodes']}) | "
+                      f"{low:.0%} - {high:.0%} | {steps} |"]
         low, high = figures["single"]["interval"]
         lines += [f"| **mean over {len(figures['tasks'])} tasks** | **{figures['single']['mean']:.1%}** | "
                   f"{low:.1%} - {high:.1%} | |", ""]
     if "chains" in figures:
         chains = figures["chains"]
         low, high = chains["interval"]
-        lines += ["| chains | 1 | 2 | 3 | 4 | 5 | average length | 95% interval |", "|---|---|---|---|---|---|---|---|",
+        lines += ["| chains | 1 | 2 | 3 | 4 | 5 | average length | 95% interval |",
+                  "|---|---|---|---|---|---|---|---|",
                   f"| {chains['n']} | " + " | ".join(f"{x:.1%}" for x in chains["in_a_row"])
                   + f" | **{chains['average_length']:.2f}** | {low:.2f} - {high:.2f} |", ""]
     return "\n".join(lines)
@@ -212,8 +227,7 @@ def markdown(header, figures):
 
 def main():
     args = parse()
-    if args.policy == "model":
-        gr1.read_config(args.checkpoint)                      # a wrong path is said once, here, not by every worker
+    load_policy(args)                              # what is wrong is said once, here, not by every worker
     jobs = [("single", task, args.seed + i) for task in tabletop.TASKS for i in range(args.episodes)]
     jobs += [("chain", None, args.seed + i * CHAIN) for i in range(args.chains)]
     if not jobs:
@@ -234,7 +248,8 @@ def main():
     print(text)
     out = pathlib.Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    for name, content in (("report.md", text), ("report.json", json.dumps(header | figures | {"episodes": results}, indent=1))):
+    for name, content in (("report.md", text), ("report.json", json.dumps(
+            header | figures | {"episodes": results}, indent=1))):
         clips.write_whole(out / name, content.encode())
     print(f"written to {out}/report.md and report.json")
 

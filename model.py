@@ -4,18 +4,17 @@ Wu et al. 2023, arXiv 2312.13139 ("paper" below; "official code" is the authors'
 
 GR-1 is a GPT over timesteps. Each timestep holds a sentence, the robot's state and camera images as context
 tokens, and learned query tokens: [ACT] asks "what should the arm do?", [OBS] asks "what will the camera see
-a few frames from now?". Pre-training on human video uses the same model without robot: sentence, one camera, [OBS].
+a few frames from now?". Pre-training on human video is the same model with one camera and without the robot.
 
-    python model.py                 prints the token layout, the attention mask and the parameters
-    python model.py --preset tiny
+    python model.py [--preset tiny]      prints the token layout, the attention mask and the parameters
 
-Reads and writes nothing else. In this order: config and token table, mask, small parts, resampler, trunk,
-heads, encoders, GR1, losses, checkpoints, policy.
+In this order: config and tokens, mask, small parts, resampler, trunk, heads, encoders, GR1, losses, policy.
 
 Glossary of shapes
-    B  batch          T  timesteps of the window     C  context tokens of a timestep   Q  query tokens of a timestep
-    D  model width    P  patches of an image         L  latents of the resampler       K  actions of a chunk
-    N  any number of images                          S  side of an image [px]
+    B  batch          T  timesteps of the window         C  context tokens of a timestep
+    D  model width    R  query tokens of the window      K  actions of a chunk
+    P  patches        V  timesteps that [OBS] asks at    L  latents of the resampler
+    N  images         S  side of an image [px]           Dv, Dt  features of the image, text encoder
 """
 import argparse
 import dataclasses
@@ -43,13 +42,13 @@ class ModelError(Exception):
     """A user's mistake about models or checkpoints: one line that says what is wrong and what to do."""
 
 
-# ------------------------------------------------------------------------------------------ config and token table
+# ------------------------------------------------------------------------------------------ config and tokens
 
 @dataclass
 class GR1Config:
     """Sizes and switches of the model. The defaults are the paper's finetuning model (Sec. 4.1, Table 3)."""
     preset: str = "gr1"            # which encoders belong to it, see build_encoders
-    cameras: dict = field(default_factory=lambda: {"rgb_static": 224, "rgb_gripper": 224})  # -> side fed to vision
+    cameras: dict = field(default_factory=lambda: {"rgb_static": 224, "rgb_gripper": 224})  # -> side fed in
     robot: bool = True             # robot state in, [ACT] out; False for video without a robot
     video: bool = True             # [OBS] queries; False is the paper's ablation without video prediction
     window: int = 10               # T, timesteps the model sees
@@ -72,6 +71,14 @@ class GR1Config:
     action_activation: bool = False  # a ReLU between the action head's layers; the official code has none
 
     def __post_init__(self):
+        least = {f.name: int(f.name in ("future", "dropout")) for f in dataclasses.fields(self)
+                 if f.type in (int, float)}
+        for name, zero in least.items():
+            if getattr(self, name) < 1 - zero:
+                raise ModelError(f"config key '{name}' must be at least {1 - zero}, "
+                                 f"got {getattr(self, name)}")
+        if not self.cameras or not all(type(side) is int and side > 0 for side in self.cameras.values()):
+            raise ModelError(f"config key 'cameras' must give each camera's side in px, got {self.cameras}")
         if self.width % self.heads or self.width % self.decoder_heads or self.width % 4:
             raise ModelError(f"width {self.width} must be a multiple of heads {self.heads}, "
                              f"decoder_heads {self.decoder_heads} and 4")
@@ -81,13 +88,14 @@ class GR1Config:
 
     @classmethod
     def from_dict(cls, values):
-        """Build from a plain dict; an unknown key or a wrong type raises ModelError and names the nearest key."""
+        """Build from a plain dict; an unknown key or a wrong type is a ModelError that names the nearest."""
         kinds = {f.name: f.type for f in dataclasses.fields(cls)}
         for key, value in values.items():
             if key not in kinds:
                 near = difflib.get_close_matches(key, kinds, 1)
-                raise ModelError(f"unknown config key '{key}'" + (f", did you mean '{near[0]}'?" if near else ""))
-            if not isinstance(value, kinds[key]) and not (kinds[key] is float and isinstance(value, int)):
+                raise ModelError(f"unknown config key '{key}'"
+                                 + (f", did you mean '{near[0]}'?" if near else ""))
+            if type(value) is not kinds[key] and not (kinds[key] is float and type(value) is int):
                 raise ModelError(f"config key '{key}' must be {kinds[key].__name__}, got {value!r}")
         return cls(**values)
 
@@ -97,14 +105,15 @@ PRESETS = {
     # A laptop's: everything is trained, encoder included. Departures from the paper, each with its reason:
     # plain pixels as video target (a drawn world is flat, and dividing by a flat patch's spread is noise),
     # cameras at their own sizes (upsampling the 32 px gripper view would double the work).
-    "tiny": dict(preset="tiny", cameras={"rgb_static": 64, "rgb_gripper": 32}, window=5, width=96, layers=3, heads=4,
-                 dropout=0.0, vision_dim=64, text_dim=128, latents=6, resampler_depth=1, resampler_heads=4,
-                 resampler_head_dim=16, patch=16, decoder_depth=2, decoder_heads=4, norm_pixels=False),
+    "tiny": dict(preset="tiny", cameras={"rgb_static": 64, "rgb_gripper": 32}, window=5, width=96, layers=4,
+                 heads=4, dropout=0.0, vision_dim=64, text_dim=128, latents=6, resampler_depth=1,
+                 resampler_heads=4, resampler_head_dim=16, patch=16, decoder_depth=2, decoder_heads=4,
+                 norm_pixels=False),
 }
 
 
 def preset_config(name, stage="finetune", **changes):
-    """GR1Config of a preset for a stage ("pretrain": one camera, no robot, next frame; "finetune"), with changes."""
+    """GR1Config of a preset, with changes; stage "pretrain" leaves one camera, no robot, the next frame."""
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, 1)
         raise ModelError(f"unknown preset '{name}'" + (f", did you mean '{near[0]}'?" if near else "")
@@ -117,7 +126,7 @@ def preset_config(name, stage="finetune", **changes):
 
 
 def token_table(config):
-    """The tokens of one timestep, in order: a list of (name, count, is_query). Every slice derives from it."""
+    """The tokens of one timestep, in order: a list of (name, count, is_query)."""
     table = [("language", 1, False)]
     if config.robot:
         table += [("state", 1, False)]
@@ -133,13 +142,12 @@ def token_table(config):
 # ------------------------------------------------------------------------------------------ attention mask
 
 def attention_mask(steps, context, query_steps, device=None):
-    """
-    Who may look at whom: bool (steps * context + len(query_steps), steps * context), True = may attend.
+    """Who may look at whom: bool (steps * context + len(query_steps), steps * context), True = may attend.
 
-    Rows are all context tokens in order, then the queries; query_steps (R,) int is the timestep of each query.
-    Columns are context tokens alone: in the official code every query's column is masked, for itself too, so a
-    query is never a key and leaving the columns out is exact. Context is causal token by token (a state sees the
-    sentence of its own step, not the other way round); a query sees every context token up to its own step.
+    Rows are all context tokens, then the queries; query_steps (R,) int is the timestep of each query. Columns
+    are context tokens alone: in the official code every query's column is masked, for itself too, so leaving
+    them out is exact. Context is causal token by token (a state sees the sentence of its own step, not the
+    other way round); a query sees every context token up to its own step.
 
     Two steps of three context tokens (a b c) and two queries ([A] [O]) each:
 
@@ -182,7 +190,7 @@ def unpatchify(patches, patch):
 
 
 def sincos_positions(side, width):
-    """Fixed 2-D sin-cos positions (side * side, width); the first half codes the column (MAE, pos_embed.py)."""
+    """Fixed 2-D sin-cos positions (side * side, width), column first (MAE, pos_embed.py)."""
     omega = 1.0 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angle = torch.arange(side, dtype=torch.float64)[:, None] * omega                       # (side, width / 4)
     axis = torch.cat([angle.sin(), angle.cos()], 1)                                        # (side, width / 2)
@@ -190,10 +198,8 @@ def sincos_positions(side, width):
 
 
 def random_shift(frames, share=0.05):
-    """
-    DrQ-v2's augmentation on uint8 (B, T, 3, H, W): every window moves by one random offset, borders repeated.
-
-    share: largest shift as a share of the side; 0.05 is the official 10 px of 200 and 4 px of 84.
+    """DrQ-v2's augmentation on uint8 (B, T, 3, H, W): a window moves by one random offset, borders repeated.
+    share: the largest shift as a share of the side; 0.05 is the official 10 px of 200 and 4 px of 84.
     """
     batch, _, _, height, width = frames.shape
     reach = round(share * height)
@@ -205,7 +211,7 @@ def random_shift(frames, share=0.05):
 
 
 def to_pixels(frames, side):
-    """uint8 (..., 3, H, W) -> float (..., 3, side, side), bicubic, ImageNet-normalised as the official code does."""
+    """uint8 (..., 3, H, W) -> float (..., 3, side, side), bicubic, ImageNet-normalised (official code)."""
     x = frames.flatten(0, -4).float() / 255
     if x.shape[-2:] != (side, side):
         x = F.interpolate(x, (side, side), mode="bicubic", align_corners=False, antialias=x.shape[-1] > side)
@@ -221,13 +227,14 @@ def to_images(pixels):
 
 def attend(q, k, v, heads, mask=None, dropout=0.0):
     """Multi-head attention of q (B, R, E) over k, v (B, M, E); mask bool (B, 1, R, M), True = may attend."""
-    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))            # (B, heads, ., E / heads)
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))     # (B, heads, ., E / heads)
     x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     return x.transpose(1, 2).flatten(2)
 
 
 def mlp(width, activation, bias=True, inner=4):
-    return nn.Sequential(nn.Linear(width, inner * width, bias), activation, nn.Linear(inner * width, width, bias))
+    return nn.Sequential(nn.Linear(width, inner * width, bias), activation,
+                         nn.Linear(inner * width, width, bias))
 
 
 # ------------------------------------------------------------------------------------------ resampler
@@ -287,7 +294,7 @@ class TrunkBlock(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, context, mask, first=0):
-        """x (B, M, D) -> (B, M - first, D): rows before `first` are keys only, no longer wanted themselves."""
+        """x (B, M, D) -> (B, M - first, D): rows before `first` are keys only, not wanted themselves."""
         h = self.norm1(x)
         k, v = self.kv(h[:, :context]).chunk(2, -1)
         dropout = self.dropout if self.training else 0.0
@@ -309,12 +316,11 @@ class Trunk(nn.Module):
         self.unused_wte = nn.Parameter(torch.zeros(1, config.width))
 
     def forward(self, context, queries, query_steps, mask=None):
-        """
-        context (B, T, C, D), queries (B, R, D) at timesteps query_steps (R,), mask bool (B, T) real steps or None
-        -> (B, R, D): the queries' answers. The last block computes the queries alone: nobody reads the rest.
+        """context (B, T, C, D), queries (B, R, D) at timesteps query_steps (R,), mask bool (B, T) of real
+        steps or None -> answers (B, R, D). The last block computes the queries alone: nobody reads the rest.
         """
         batch, steps, tokens, _ = context.shape
-        may = attention_mask(steps, tokens, query_steps, context.device)[None, None]       # (1, 1, rows, T * C)
+        may = attention_mask(steps, tokens, query_steps, context.device)[None, None]     # (1, 1, rows, T * C)
         if mask is not None:
             may = may & mask.repeat_interleave(tokens, 1)[:, None, None]
         n = steps * tokens
@@ -327,7 +333,7 @@ class Trunk(nn.Module):
 # ------------------------------------------------------------------------------------------ heads
 
 class ActionHead(nn.Module):
-    """[ACT] -> arm (..., 6) in rel_actions units and gripper logit (...). Linear twice: official code, no activation."""
+    """[ACT] -> arm (..., 6) in rel_actions units, gripper logit (...). Official code: no activation."""
 
     def __init__(self, config):
         super().__init__()
@@ -358,14 +364,15 @@ class DecoderBlock(nn.Module):
 
 
 class VideoHead(nn.Module):
-    """[OBS] outputs and mask tokens through a small decoder -> pixels of the future frame. One for all cameras."""
+    """[OBS] outputs and mask tokens through a small decoder -> the future frame. One for all cameras."""
 
     def __init__(self, config):
         super().__init__()
         width = config.width
         self.embed = nn.Linear(width, width)
         self.mask_token = nn.Parameter(torch.zeros(width))
-        self.blocks = nn.ModuleList(DecoderBlock(width, config.decoder_heads) for _ in range(config.decoder_depth))
+        self.blocks = nn.ModuleList(DecoderBlock(width, config.decoder_heads)
+                                    for _ in range(config.decoder_depth))
         self.norm = nn.LayerNorm(width)
         self.pixels = nn.Linear(width, 3 * config.patch ** 2)
         for camera, side in config.cameras.items():
@@ -384,11 +391,9 @@ class VideoHead(nn.Module):
 # ------------------------------------------------------------------------------------------ encoders
 
 class MAEVision(nn.Module):
-    """
-    The paper's image encoder: MAE ViT-B/16, frozen. (N, 3, 224, 224) -> CLS (N, 768), patches (N, 196, 768).
-
-    weights: "hub" (timm's vit_base_patch16_224.mae), "none" (random), or a file: a timm checkpoint or the original
-    mae_pretrain_vit_base.pth. Raises ModelError when they cannot be had.
+    """The paper's encoder, frozen MAE ViT-B/16: (N, 3, 224, 224) -> CLS (N, 768), patches (N, 196, 768).
+    weights: "hub" (timm's), "none" (random), or a file: timm's or the original mae_pretrain_vit_base.pth.
+    Raises ModelError when they cannot be had.
     """
     frozen = True
 
@@ -396,8 +401,9 @@ class MAEVision(nn.Module):
         super().__init__()
         import timm
         name = "vit_base_patch16_224.mae"
-        self.vit = hub_or_explain(lambda: timm.create_model(name, pretrained=weights == "hub", num_classes=0),
-                                  f"image encoder timm/{name}", "--vision-weights", "mae_pretrain_vit_base.pth")
+        self.vit = hub_or_explain(
+            lambda: timm.create_model(name, pretrained=weights == "hub", num_classes=0),
+            f"image encoder timm/{name}", "--vision-weights", "mae_pretrain_vit_base.pth")
         if weights not in ("hub", "none"):
             load_file_into(self.vit, weights)
         self.requires_grad_(False)
@@ -412,9 +418,7 @@ class MAEVision(nn.Module):
 
 
 class CLIPText(nn.Module):
-    """
-    The paper's text encoder: CLIP ViT-B/32's text tower, frozen. A list of B sentences -> (B, 512).
-
+    """The paper's text encoder: CLIP ViT-B/32's text tower, frozen. A list of B sentences -> (B, 512).
     weights: "hub" (open_clip's "openai"), "none" (random), or an open_clip state dict file.
     """
     frozen = True
@@ -423,8 +427,9 @@ class CLIPText(nn.Module):
         super().__init__()
         import open_clip
         name = "ViT-B-32-quickgelu"
-        clip = hub_or_explain(lambda: open_clip.create_model(name, pretrained="openai" if weights == "hub" else None),
-                              f"text encoder open_clip {name} 'openai'", "--text-weights", "open_clip_model.safetensors")
+        clip = hub_or_explain(
+            lambda: open_clip.create_model(name, pretrained="openai" if weights == "hub" else None),
+            f"text encoder open_clip {name} 'openai'", "--text-weights", "open_clip_model.safetensors")
         if weights not in ("hub", "none"):
             load_file_into(clip, weights)
         del clip.visual, clip.logit_scale
@@ -446,11 +451,10 @@ class CLIPText(nn.Module):
 
 
 class TinyVision(nn.Module):
-    """
-    A small ViT trained with the rest: (N, 3, S, S) -> CLS (N, Dv), patches of 8 px (N, (S / 8)^2, Dv).
+    """A small ViT trained with the rest: (N, 3, S, S) -> CLS (N, Dv), patches of 8 px (N, (S / 8)^2, Dv).
 
-    Its CLS is a spatial softmax (Levine et al. 2016, arXiv 1504.00702): 32 learned maps of 4 px cells, and of each
-    where it peaks and how high. Where things are is what a robot needs, and a mean over patches learns it slowly.
+    Its CLS is a spatial softmax (Levine et al. 2016, arXiv 1504.00702): 32 learned maps of 4 px cells, and of
+    each where it peaks and how high. Where things are is what a robot needs; a mean learns it slowly.
     """
     frozen = False
 
@@ -471,18 +475,16 @@ class TinyVision(nn.Module):
         return self.cls(self.peaks(self.points(cells))), self.norm(x)
 
     def peaks(self, maps):
-        """maps (N, K, H, W) -> (N, 3 K): mean column and row in [-1, 1] under each map's softmax, and its maximum."""
-        heat = 4 * maps.flatten(2)                         # sharper: a peak is a place, not a region
-        line = torch.linspace(-1, 1, maps.shape[-1], device=maps.device)
+        """maps (N, M, H, H) -> (N, 3 M): each map's mean column, row [8 px from the middle] and maximum."""
+        heat, reach = 4 * maps.flatten(2), maps.shape[-1] / 4      # times 4: a peak is a place, not a region
+        line = torch.linspace(-reach, reach, maps.shape[-1], device=maps.device)
         grid = torch.stack([line.repeat(len(line)), line.repeat_interleave(len(line))], 1)  # (H * W, 2)
         return torch.cat([(heat.softmax(-1) @ grid).flatten(1), maps.flatten(2).amax(-1)], 1)
 
 
 class HashText(nn.Module):
-    """
-    A text encoder that needs no download: words and word pairs are hashed to fixed random directions and summed.
-
-    Knows which words and which pairs occur, not what they mean; enough for a closed set of instructions.
+    """A text encoder that needs no download: words and word pairs, hashed to fixed random directions, summed.
+    Knows which words and pairs occur, not what they mean; enough for a closed set of instructions.
     """
     frozen = True
 
@@ -515,8 +517,9 @@ def hub_or_explain(build, what, flag, file):
     try:
         return build()
     except (OSError, RuntimeError) as error:
-        raise ModelError(f"cannot get the {what} from the hub ({type(error).__name__}): give a local file with "
-                         f"{flag} FILE (for example {file}), or {flag} none for random weights") from error
+        raise ModelError(
+            f"cannot get the {what} from the hub ({type(error).__name__}): give a local file with "
+            f"{flag} FILE (for example {file}), or {flag} none for random weights") from error
     finally:
         logging.disable(logging.NOTSET)
 
@@ -540,7 +543,8 @@ def read_weights(path):
             with safe_open(path, "pt") as f:
                 return {k: f.get_tensor(k) for k in f.keys()}
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, LookupError,
+            AssertionError) as error:
         raise ModelError(f"{path} is not a readable weights file ({type(error).__name__})") from error
     except pickle.UnpicklingError as error:
         raise ModelError(f"{path} is not a plain weights file; it was not opened further") from error
@@ -550,8 +554,7 @@ def read_weights(path):
 # ------------------------------------------------------------------------------------------ GR-1
 
 class GR1(nn.Module):
-    """
-    The whole model (paper Sec. 3, Fig. 2). vision: images (N, 3, S, S) -> CLS (N, Dv), patches (N, P, Dv);
+    """The whole model (paper Sec. 3, Fig. 2). vision: images (N, 3, S, S) -> CLS (N, Dv), patches (N, P, Dv);
     text: list of B sentences -> (B, Dt). Both are arguments, so any encoder of these shapes will do.
     """
 
@@ -576,17 +579,16 @@ class GR1(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """
-        One table of initial spreads; biases 0, norms 1, frozen encoders untouched.
+        """One table of initial spreads; biases 0, norms 1, frozen encoders untouched.
 
         Linear maps keep the variance of their input (1 / sqrt(fan in)), except:
             embed_language       1             its input has length 1, so every feature is about 1 / sqrt(Dt)
-            embed_arm            2             metres and radians: a tenth must matter
+            embed_arm            5, 0.1        decimetres must matter beside a wrist that hangs at pi rad
             ends of residuals    / sqrt(2 n)   n blocks add up
             learned tokens       0.02          they are normalised before use
         """
         frozen = tuple(f"{name}." for name in ("vision", "text") if getattr(self, name).frozen)
-        special = {"embed_language.weight": 1.0, "embed_arm.weight": 2.0}
+        special = {"embed_language.weight": 1.0, "embed_arm.weight": torch.tensor([5, 5, 5, 0.1, 0.1, 0.1])}
         depth = {"trunk": self.config.layers, "video_head": self.config.decoder_depth,
                  "resampler": self.config.resampler_depth}
         for name, p in self.named_parameters():
@@ -600,7 +602,7 @@ class GR1(nn.Module):
                 std = special.get(name, p[0].numel() ** -0.5)
                 if name.endswith(("proj.weight", "mlp.2.weight")):
                     std /= math.sqrt(2 * depth.get(name.split(".")[0], 1))
-                nn.init.normal_(p, std=std)
+                p.data.normal_().mul_(std)
 
     # ---- encode: what each thing is, wherever it stands in the window
 
@@ -610,21 +612,22 @@ class GR1(nn.Module):
         return self.embed_language(x / (x.norm(dim=-1, keepdim=True) + 1e-6))
 
     def encode_state(self, robot_obs):
-        """robot_obs (..., 15), CALVIN's units -> (..., D). Arm: absolute pose, not normalised; gripper: one-hot."""
+        """robot_obs (..., 15), CALVIN's units -> (..., D). Absolute pose, not normalised; gripper one-hot."""
         opened = (robot_obs[..., 14:15] > 0).float()
         gripper = self.embed_gripper(torch.cat([1 - opened, opened], -1))
         return self.embed_state(torch.cat([self.embed_arm(robot_obs[..., :6]), gripper], -1))
 
     def encode_images(self, pixels):
-        """{camera: (N, 3, S, S)} -> (N, cameras * (L + 1), D). Costs the most, and is the same at any timestep."""
+        """{camera: (N, 3, S, S)} -> (N, cameras * (L + 1), D). Costs the most; the same at any timestep."""
         tokens = []
         for camera in self.config.cameras:
             cls, patches = self.vision(pixels[camera])
-            tokens += [self.embed_latents[camera](self.resampler(patches)), self.embed_cls[camera](cls)[:, None]]
+            tokens += [self.embed_latents[camera](self.resampler(patches)),
+                       self.embed_cls[camera](cls)[:, None]]
         return torch.cat(tokens, 1)
 
     def context(self, language, images, state=None):
-        """language (B, D), images (B, T, ., D), state (B, T, D) -> context tokens (B, T, C, D) in table order."""
+        """language (B, D), images (B, T, ., D), state (B, T, D) -> context (B, T, C, D) in table order."""
         steps = images.shape[1]
         tokens = [language[:, None, None].expand(-1, steps, -1, -1)]
         if self.config.robot:
@@ -634,23 +637,22 @@ class GR1(nn.Module):
     # ---- the model
 
     def forward(self, pixels, sentences, robot_obs=None, mask=None, video_at=None):
-        """
-        pixels: {camera: (B, T, 3, S, S)} normalised, see to_pixels; sentences: B strings; robot_obs: (B, T, 15);
-        mask: bool (B, T), real steps first, padding last; video_at: the V timesteps to ask [OBS] at, None for all T.
-        Returns what the config asks for: arm (B, T, K, 6), gripper logits (B, T, K), and per camera the pixels of
-        the future frame (B, V, P, patch^2 * 3).
+        """pixels: {camera: (B, T, 3, S, S)}, see to_pixels; sentences: B strings; robot_obs: (B, T, 15);
+        mask: bool (B, T), real steps first; video_at: the V timesteps to ask [OBS] at, None for all T.
+        Returns what the config asks for: arm (B, T, K, 6), gripper logits (B, T, K), and of each camera the
+        future frame's pixels (B, V, P, patch^2 * 3).
         """
         batch, steps = next(iter(pixels.values())).shape[:2]
-        images = self.encode_images({c: p.flatten(0, 1) for c, p in pixels.items()}).unflatten(0, (batch, steps))
+        images = self.encode_images(
+            {c: p.flatten(0, 1) for c, p in pixels.items()}).unflatten(0, (batch, steps))
         state = self.encode_state(robot_obs) if self.config.robot else None
         context = self.context(self.encode_language(sentences), images, state)
         queries, at = self.queries(range(steps), range(steps) if video_at is None else video_at)
         return self.heads(self.trunk(context, queries.expand(batch, -1, -1), at, mask), steps)
 
     def queries(self, act_at, video_at):
-        """
-        [ACT] tokens for the timesteps act_at, then each camera's [OBS] tokens for video_at: (R, D), and their
-        timesteps, a list of R. The timestep embedding is not added to them (official code): the mask places them.
+        """[ACT] for the timesteps act_at, then each camera's [OBS] for video_at: tokens (R, D), their steps
+        (a list of R). No timestep embedding is added to them (official code): the mask places them.
         """
         asked = [(self.query_act, act_at)] if self.config.robot else []
         if self.config.video:
@@ -663,7 +665,8 @@ class GR1(nn.Module):
         config, out, start = self.config, {}, 0
         if config.robot:
             start = steps * config.chunk
-            out["arm"], out["gripper"] = self.action_head(answers[:, :start].unflatten(1, (steps, config.chunk)))
+            out["arm"], out["gripper"] = self.action_head(
+                answers[:, :start].unflatten(1, (steps, config.chunk)))
         if config.video:
             for camera, x in zip(config.cameras, answers[:, start:].chunk(len(config.cameras), 1)):
                 x = x.unflatten(1, (-1, config.latents + 1))                               # (B, V, L + 1, D)
@@ -678,10 +681,8 @@ class GR1(nn.Module):
         return {k: v for k, v in self.state_dict().items() if not k.startswith(frozen)}
 
     def load_trained(self, state, source, may_miss=()):
-        """
-        Strictly load tensors {name: tensor}; names that start with one of may_miss may be absent and start fresh.
-
-        Returns the absent names. Raises ModelError that names the first tensor that does not fit.
+        """Strictly load tensors {name: tensor}; names that start with one of may_miss may be absent, start
+        fresh and are returned. Raises ModelError that names the first tensor that does not fit.
         """
         own = self.trained_state()
         missing = [k for k in own if k not in state]
@@ -692,16 +693,14 @@ class GR1(nn.Module):
                              + (f"it lacks {wrong[0]}" if wrong else f"this model has no {extra[0]}"))
         for k in state:
             if state[k].shape != own[k].shape:
-                raise ModelError(f"{source} is a checkpoint of another shape: {k} is {tuple(state[k].shape)}, "
-                                 f"this model's is {tuple(own[k].shape)}")
+                raise ModelError(f"{source} is a checkpoint of another shape: {k} is "
+                                 f"{tuple(state[k].shape)}, this model's is {tuple(own[k].shape)}")
         self.load_state_dict(state, strict=False)
         return missing
 
     @classmethod
     def from_pretrained(cls, path, config=None, vision=None, text=None):
-        """
-        Load a checkpoint directory written by train.py (model.safetensors + config.json).
-
+        """Load a checkpoint directory written by train.py (model.safetensors + config.json).
         config: overrides the stored one; vision, text: encoders, built from the config's preset where None.
         """
         stored = read_config(path)
@@ -718,12 +717,16 @@ def read_config(path):
     """config.json of a checkpoint directory as a dict with keys model, encoders, train, step."""
     name = os.path.join(path, "config.json")
     if not os.path.isfile(name):
-        raise ModelError(f"no checkpoint in '{path}': train one with train.py, or name its directory with --checkpoint")
+        raise ModelError(f"no checkpoint in '{path}': train one with train.py, or name its directory with "
+                         "--checkpoint")
     with open(name) as f:
         try:
-            return json.load(f)
-        except json.JSONDecodeError as error:
+            config = json.load(f)
+        except ValueError as error:
             raise ModelError(f"{name} is damaged ({error})") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+        raise ModelError(f"{name} is no checkpoint's: it has no settings under 'model'")
+    return config
 
 
 def save_checkpoint(path, model, **info):
@@ -740,7 +743,7 @@ def save_checkpoint(path, model, **info):
 # ------------------------------------------------------------------------------------------ losses
 
 def video_target(pixels, config):
-    """Pixels (..., 3, S, S) -> what [OBS] should say (..., P, patch^2 * 3); normalised per patch by norm_pixels."""
+    """Pixels (..., 3, S, S) -> what [OBS] should say (..., P, patch^2 * 3); norm_pixels: patch by patch."""
     target = patchify(pixels, config.patch)
     if config.norm_pixels:
         target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True).sqrt() + 1e-6)
@@ -754,17 +757,13 @@ def masked_mean(values, mask):
 
 
 def losses(out, batch, pixels, config, video_at=None):
-    """
-    The paper's three losses, unweighted, by name: arm (Smooth-L1), gripper (binary cross-entropy), and one video loss
-    (mean squared error) a camera.
-
-    out: from GR1.forward; batch: from clips.Windows (rel_actions, action_mask, future_mask);
-    pixels: {camera: (B, T + future, 3, S, S)}, the frames that the model saw and those behind them; video_at: as
-    given to forward.
+    """The paper's losses, unweighted, by name: arm (Smooth-L1), gripper (binary cross-entropy) and, a camera,
+    video (mean squared error). out, video_at: of GR1.forward; batch: from clips.Windows;
+    pixels: {camera: (B, T + future, 3, S, S)}, the frames that the model saw and those behind them.
     """
     named, at = {}, slice(None) if video_at is None else video_at
     if config.robot:
-        target, mask = batch["rel_actions"], batch["action_mask"]                           # (B, T, K, 7), (B, T, K)
+        target, mask = batch["rel_actions"], batch["action_mask"]                 # (B, T, K, 7), (B, T, K)
         named["arm"] = masked_mean(F.smooth_l1_loss(out["arm"], target[..., :6], reduction="none"), mask)
         opened = (target[..., 6] > 0).float()
         named["gripper"] = masked_mean(
@@ -778,31 +777,28 @@ def losses(out, batch, pixels, config, video_at=None):
 
 @torch.no_grad()
 def change_errors(out, pixels, future_mask, config):
+    """Does the model foresee better than "nothing will move"? Tensor (cameras, 2): squared error of the
+    predicted frame and of copying the present one, summed over the patches that change (by 5 of 255 gray
+    levels on average); a ratio below 1 beats copying. out, pixels, future_mask: as in losses.
     """
-    Does the model foresee better than "nothing will move"? Tensor (2,): squared error of the predicted frame and of
-    copying the present one, summed over the patches that change (by 5 of 255 gray levels on average) in all cameras.
-
-    out, pixels, future_mask: as in losses. Their ratio is below 1 where prediction beats copying.
-    """
-    sums = 0
+    sums = []
     for camera in config.cameras:
         now, future = pixels[camera][:, :config.window], pixels[camera][:, config.future:]
         drawn = draw(out[camera].float(), now, config)
-        gray = patchify(now.new_tensor(IMAGENET_STD).view(3, 1, 1).expand_as(now), config.patch)  # back to 0..1
+        gray = patchify(now.new_tensor(IMAGENET_STD).view(3, 1, 1).expand_as(now), config.patch)  # to 0..1
         now, future, drawn = (patchify(x, config.patch) * gray for x in (now, future, drawn))
         changed = ((future - now).abs().mean(-1) > 5 / 255) & future_mask[..., None]
-        sums = sums + torch.stack([((x - future) ** 2).mean(-1)[changed].sum() for x in (drawn, now)])
-    return sums
+        sums.append(torch.stack([((x - future) ** 2).mean(-1)[changed].sum() for x in (drawn, now)]))
+    return torch.stack(sums)
 
 
 # ------------------------------------------------------------------------------------------ policy
 
 class Policy:
-    """
-    Acts step by step with a GR1 model: `reset()` at each new instruction, then `step(observation, sentence)`.
+    """Acts step by step with a GR1 model: `reset()` at a new instruction, then `step(observation, sentence)`.
 
-    Exactly the action of a full forward over the window, at a fraction of its cost: a frame is encoded once and kept
-    while it slides through the window, and of the queries only the last [ACT] is computed.
+    Exactly the action of a full forward over the window, at a fraction of its cost: a frame is encoded once
+    and kept while it slides through the window, and of the queries only the last [ACT] is computed.
     """
 
     def __init__(self, model):
@@ -819,8 +815,7 @@ class Policy:
 
     @torch.no_grad()
     def step(self, observation, sentence):
-        """
-        observation: dict with uint8 (H, W, 3) images by camera name and robot_obs (15,); sentence: str.
+        """observation: dict with uint8 (H, W, 3) images by camera name and robot_obs (15,); sentence: str.
         Returns rel_actions float32 (7,): six in [-1, 1], gripper -1 (close) or +1 (open).
         """
         arm, gripper = self.actions(observation, sentence)
@@ -834,7 +829,7 @@ class Policy:
         model, config = self.model, self.model.config
         if sentence != self.sentence:
             self.sentence, self.language = sentence, model.encode_language([sentence])
-        self.frames = {c: torch.from_numpy(np.ascontiguousarray(observation[c])).to(self.device).permute(2, 0, 1)[None]
+        self.frames = {c: torch.tensor(observation[c]).to(self.device).permute(2, 0, 1)[None]
                        for c in config.cameras}
         images = model.encode_images({c: to_pixels(f, config.cameras[c]) for c, f in self.frames.items()})
         state = torch.as_tensor(observation["robot_obs"], dtype=torch.float32, device=self.device)
@@ -851,10 +846,12 @@ class Policy:
 
     @torch.no_grad()
     def predicted_frames(self):
-        """The future frame that the model foresees after the last step: {camera: uint8 (S, S, 3)}, see draw."""
+        """The future frame that the model foresees at the last step: {camera: uint8 (S, S, 3)}, see draw."""
         model, config = self.model, self.model.config
         if not config.video:
             raise ModelError("this model was trained without video prediction (no [OBS])")
+        if not self.history:
+            raise ModelError("nothing was seen yet: call step before predicted_frames")
         answers = self.ask(torch.cat([model.query_obs[c] for c in config.cameras]))
         frames = {}
         for camera, x in zip(config.cameras, answers.split(config.latents + 1, 1)):
@@ -864,11 +861,9 @@ class Policy:
 
 
 def draw(prediction, now, config):
-    """
-    Predicted patches (..., P, patch^2 * 3) -> normalised pixels (..., 3, S, S).
-
-    A patch-normalised prediction lacks each patch's mean and spread; they are taken from the frame observed `now`
-    (..., 3, S, S), never from the future frame, which would leak the answer.
+    """Predicted patches (..., P, patch^2 * 3) -> normalised pixels (..., 3, S, S). What a patch-normalised
+    prediction lacks, each patch's mean and spread, is taken from the frame observed `now` (..., 3, S, S),
+    never from the future frame, which would leak the answer.
     """
     if config.norm_pixels:
         seen = patchify(now, config.patch)
@@ -890,8 +885,10 @@ def describe(config):
     context = [name for name, is_query in kinds if not is_query]
     asking = [name for name, is_query in kinds if is_query]
     mask = attention_mask(2, len(context), [t for t in range(2) for _ in asking])
-    rows = [f"{name} t+{t}" for t in range(2) for name in context] + [f"{name} t+{t}" for t in range(2) for name in asking]
-    print("attention mask, two timesteps, one row a kind of token (# may attend; queries are never attended to)")
+    rows = ([f"{name} t+{t}" for t in range(2) for name in context]
+            + [f"{name} t+{t}" for t in range(2) for name in asking])
+    print("attention mask, two timesteps, one row a kind of token "
+          "(# may attend; queries are never attended to)")
     for name, row in zip(rows, mask):
         print(f"  {name:<24}" + " ".join("#" if x else "." for x in row))
 
@@ -911,7 +908,8 @@ def count_parameters(model):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="GR-1's tokens, attention mask and parameters", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="GR-1's tokens, attention mask and parameters",
+                                     allow_abbrev=False)
     parser.add_argument("--preset", default="gr1", help="gr1 (the paper's, default) or tiny (a laptop's)")
     parser.add_argument("--stage", default="finetune", choices=["pretrain", "finetune"])
     args = parser.parse_args()

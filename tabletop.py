@@ -12,7 +12,6 @@ Observations, actions, task names and oracles follow CALVIN, so eval_calvin.py c
 Reads nothing; writes packed clips (see clips.py). In order: the world, its pictures, the tasks and their
 oracle, the demonstrator, data sets. Lengths are metres: x to the right, y away from the viewer, z up.
 """
-import argparse
 import functools
 import multiprocessing
 import os
@@ -854,7 +853,7 @@ def contact_sheet(path, scenes, seed):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = clips.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--make", choices=["demonstrations", "videos"], help="without it, measure")
     parser.add_argument("--out", help="directory of the data set")
     parser.add_argument("--clips", type=int, default=8000)
