@@ -89,7 +89,7 @@ class Scripted(Baseline):
 
 
 def load_policy(args):
-    """The policy that --policy names; "untrained" has the checkpoint's shape and fresh weights."""
+    """The policy that --policy names; "untrained" is the tiny preset with fresh weights."""
     if args.policy in ("random", "noop"):
         return Baseline(args.policy, args.seed)
     if args.policy == "scripted":

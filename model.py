@@ -476,7 +476,8 @@ class TinyVision(nn.Module):
 
     def peaks(self, maps):
         """maps (N, M, H, H) -> (N, 3 M): each map's mean column, row [8 px from the middle] and maximum."""
-        heat, reach = 4 * maps.flatten(2), maps.shape[-1] / 4      # times 4: a peak is a place, not a region
+        heat, reach = maps.flatten(2), maps.shape[-1] / 4
+        heat = (heat - heat.mean(-1, keepdim=True)) / (heat.std(-1, keepdim=True) + 1e-3)  # none saturates
         line = torch.linspace(-reach, reach, maps.shape[-1], device=maps.device)
         grid = torch.stack([line.repeat(len(line)), line.repeat_interleave(len(line))], 1)  # (H * W, 2)
         return torch.cat([(heat.softmax(-1) @ grid).flatten(1), maps.flatten(2).amax(-1)], 1)
