@@ -30,7 +30,6 @@ import model as gr1
 import tabletop
 
 CHAIN = 5                      # instructions
-STEPS = 60                     # of an instruction, in the tabletop
 
 
 def parse():
@@ -110,7 +109,7 @@ def follow(world, policy, task, sentence):
     policy.reset()
     if isinstance(policy, Scripted):
         policy.start(world, task)
-    for step in range(1, STEPS + 1):
+    for step in range(1, tabletop.STEPS + 1):
         observation = world.step(policy.step(observation, sentence))
         if tabletop.success(task, start, world.get_info()):
             return step
@@ -119,10 +118,10 @@ def follow(world, policy, task, sentence):
 
 def instruction(task, seed, shuffle):
     """A sentence for the task, or for some other task if shuffle; the seed decides which."""
-    rng = np.random.default_rng([seed, 7])
     if shuffle:
-        task = rng.choice([other for other in tabletop.TASKS if other != task])
-    return str(rng.choice(tabletop.TASKS[task]))
+        others = [other for other in tabletop.TASKS if other != task]
+        task = str(np.random.default_rng([seed, 8]).choice(others))
+    return tabletop.instruction(task, seed)
 
 
 def play_single(world, policy, args, task, seed):
@@ -241,7 +240,8 @@ def main():
     if args.policy == "model":
         header["checkpoint"] = f"{args.checkpoint}, step {gr1.read_config(args.checkpoint).get('step')}"
     header |= {"language": "shuffled: another task's sentence" if args.shuffle_language else "the task's own",
-               "starting states": f"unseen, seeds from {args.seed}", "steps an instruction": STEPS,
+               "starting states": f"unseen, seeds from {args.seed}", 
+               "steps an instruction": tabletop.STEPS,
                "seconds": round(time.time() - start)}
     figures = summarise(results)
     text = markdown(header, figures)

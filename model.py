@@ -120,6 +120,8 @@ def preset_config(name, stage="finetune", **changes):
                          + f" (there are: {', '.join(PRESETS)})")
     config = GR1Config.from_dict({**PRESETS[name], **changes})
     if stage == "pretrain":
+        if changes.get("robot") or changes.get("video") is False:
+            raise ModelError("pre-training has no robot and always predicts video: leave these settings out")
         config.cameras = dict(list(config.cameras.items())[:1])
         config.robot, config.future, config.video = False, changes.get("future", 1), True
     return config
@@ -501,7 +503,8 @@ class HashText(nn.Module):
         rows = []
         for sentence in sentences:
             words = sentence.lower().split()
-            rows.append(sum(map(self.direction, words + [" ".join(pair) for pair in zip(words, words[1:])])))
+            rows.append(sum(map(self.direction, words + [" ".join(pair) for pair in zip(words, words[1:])]),
+                            np.zeros(self.width)))
         return torch.tensor(np.stack(rows), dtype=torch.float32, device=self.device_of.device)
 
 
@@ -532,6 +535,10 @@ def load_file_into(module, path):
     if missing:
         raise ModelError(f"{path} is no weights file for this encoder: it lacks {missing[0]}"
                          + (f" and {len(missing) - 1} more" if missing[1:] else ""))
+    for k, v in module.state_dict().items():
+        if state[k].shape != v.shape:
+            raise ModelError(f"{path} is for another size: {k} has {tuple(state[k].shape)}, "
+                             f"not {tuple(v.shape)}")
     module.load_state_dict({k: state[k] for k in module.state_dict()})
 
 
@@ -588,7 +595,7 @@ class GR1(nn.Module):
             ends of residuals    / sqrt(2 n)   n blocks add up
             learned tokens       0.02          they are normalised before use
         """
-        frozen = tuple(f"{name}." for name in ("vision", "text") if getattr(self, name).frozen)
+        frozen = self.frozen_prefixes()
         special = {"embed_language.weight": 1.0, "embed_arm.weight": torch.tensor([5, 5, 5, 0.1, 0.1, 0.1])}
         depth = {"trunk": self.config.layers, "video_head": self.config.decoder_depth,
                  "resampler": self.config.resampler_depth}
@@ -678,8 +685,11 @@ class GR1(nn.Module):
 
     def trained_state(self):
         """State dict without the frozen encoders."""
-        frozen = tuple(f"{name}." for name in ("vision", "text") if getattr(self, name).frozen)
+        frozen = self.frozen_prefixes()
         return {k: v for k, v in self.state_dict().items() if not k.startswith(frozen)}
+
+    def frozen_prefixes(self):
+        return tuple(f"{name}." for name in ("vision", "text") if getattr(self, name).frozen)
 
     def load_trained(self, state, source, may_miss=()):
         """Strictly load tensors {name: tensor}; names that start with one of may_miss may be absent, start
@@ -784,7 +794,7 @@ def change_errors(out, pixels, future_mask, config):
     """
     sums = []
     for camera in config.cameras:
-        now, future = pixels[camera][:, :config.window], pixels[camera][:, config.future:]
+        now, future = pixels[camera][:, :future_mask.shape[1]], pixels[camera][:, config.future:]
         drawn = draw(out[camera].float(), now, config)
         gray = patchify(now.new_tensor(IMAGENET_STD).view(3, 1, 1).expand_as(now), config.patch)  # to 0..1
         now, future, drawn = (patchify(x, config.patch) * gray for x in (now, future, drawn))

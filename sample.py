@@ -11,7 +11,6 @@ Reads a checkpoint (train.py) and maybe packed clips (clips.py). Writes into --o
 NAME.gif, the cameras with sentence and outcome; with predictions also NAME.png, a sheet of about eight
 moments: true now / predicted t+F / true t+F / error, for each camera. F is the model's `future`.
 """
-import dataclasses
 import difflib
 import io
 import math
@@ -29,7 +28,6 @@ import clips
 import model as gr1
 import tabletop
 
-STEPS = 60                     # of an instruction in the tabletop, as in eval_calvin.py
 MOMENTS = 8                    # columns of a sheet
 FRAME_MS, LAST_MS = 150, 1000  # slower than life: a tabletop rollout lasts about a second
 HEAT = 4                       # the error is drawn so many times brighter
@@ -96,7 +94,7 @@ def rollouts(args, model):
     for i in range(args.episodes):
         seed, task, sentence = args.seed + i, str(order[i % len(order)]), args.instruction
         if sentence is None:
-            sentence = str(np.random.default_rng([seed, 7]).choice(tabletop.TASKS[task]))
+            sentence = tabletop.instruction(task, seed)
         else:
             task = known.get(" ".join(sentence.lower().split()))
         world = tabletop.Tabletop(args.scene, seed)
@@ -108,13 +106,13 @@ def rollouts(args, model):
 
 
 def roll_out(world, policy, task, sentence, name):
-    """Play one instruction until the oracle says yes or STEPS are over; task None: nobody judges. -> Take"""
+    """Play one instruction until the oracle says yes or time is up; task None: nobody judges. -> Take"""
     start, seen, done = world.get_info(), [world.observe()], False if task else None
     policy.reset()
-    while len(seen) <= STEPS and not done:
+    while len(seen) <= tabletop.STEPS and not done:
         seen.append(world.step(policy.step(seen[-1], sentence)))
         done = task and tabletop.success(task, start, world.get_info())
-    outcome = {None: "not judged", False: f"not done in {STEPS} steps",
+    outcome = {None: "not judged", False: f"not done in {tabletop.STEPS} steps",
                True: f"success after {len(seen) - 1} steps"}[done]
     frames = {camera: np.stack([o[camera] for o in seen]) for camera in policy.model.config.cameras}
     return Take(name, sentence, outcome, done, frames, np.stack([o["robot_obs"] for o in seen]), tabletop.FPS)
@@ -180,8 +178,7 @@ def look_ahead(model, take):
     pairs = max(0, take.length - F)                                 # steps whose future frame was seen
     errors = gr1.change_errors({camera: x[:, :pairs] for camera, x in out.items()},
                                {camera: x[None] for camera, x in pixels.items()},
-                               torch.ones(1, pairs, dtype=torch.bool, device=device),
-                               dataclasses.replace(config, window=pairs))         # one window: the take
+                               torch.ones(1, pairs, dtype=torch.bool, device=device), config)
     return strips, errors.cpu()
 
 

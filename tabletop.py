@@ -528,6 +528,14 @@ def _unstack_spot(world, i):
     return None
 
 
+STEPS = 60                                            # an instruction may take; demonstrations take about 12
+
+
+def instruction(task, seed):
+    """One of the task's phrasings; the seed decides which."""
+    return str(np.random.default_rng([seed, 7]).choice(TASKS[task]))
+
+
 def feasible(world, task):
     """Whether the task makes sense in the present state; with a block in hand only place and stack do."""
     spec, info = SPECS[task], world.get_info()

@@ -1062,7 +1062,7 @@ def test_two_processes_equal_one(tabletop_data, tmp_path, monkeypatch):
     launch = [sys.executable, str(ROOT / "bin/torchrun"), "--standalone", "--nproc", "3", str(two_cores)]
     done = subprocess.run([*launch, *command("two")[1:]], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert "3 started on 2 cores" in done.stdout and "2 x cpu" in done.stdout
+    assert "3 started, 2 train" in done.stdout and "2 x cpu" in done.stdout
     assert done.stdout.count("done:") == 1                    # one of them speaks
     read = clips.Windows.__getitem__
 

@@ -52,7 +52,7 @@ class TrainConfig:
     init: str = ""                 # start from this checkpoint; none: fresh; "": out/pretrain if it is there
     fresh: str = ""                # parts that start anew in spite of init, "a,b" or none; "": the preset's
     seed: int = 0
-    # length and size; one epoch sees every possible window once on average
+    # length and size; an epoch is as many windows as the data has places for one
     batch: int = 0                 # windows a step, over all processes; 0: the preset's
     steps: int = 0                 # 0: the preset's steps or epochs
     epochs: float = 0.0            # 0: the preset's
@@ -144,9 +144,9 @@ def parse(argv=None):
         if getattr(config, key) == UNSET[key] and not (
                 key in ("steps", "epochs") and (config.steps or config.epochs)):
             setattr(config, key, value)
-    for key in ("accumulate", "log_every", "eval_every", "batch", "steps"):
-        if getattr(config, key) < int(key not in ("steps",)):
-            parser.error(f"--{key.replace('_', '-')} must be at least 1, got {getattr(config, key)}")
+    for key, least in dict(accumulate=1, log_every=1, eval_every=1, eval_batches=1, batch=1, steps=0).items():
+        if getattr(config, key) < least:
+            parser.error(f"--{key.replace('_', '-')} must be at least {least}, got {getattr(config, key)}")
     config.out = config.out or f"out/{config.stage}"
     config.text_weights = config.text_weights or ("none" if config.vision_weights == "none" else "hub")
     return config, changes
@@ -186,18 +186,21 @@ def set_up():
     """
     Join the other processes if torchrun started this one: NCCL on GPUs, gloo on CPUs.
 
-    Without a GPU at most one process a core trains; the others leave, because they would only slow the first
-    down (8 on 2 cores: 88 windows a second instead of 123). The batch is global: the training is the same.
+    At most one process a GPU, or a core where there is none, trains; the others leave, for they would only
+    slow the first down (8 on 2 cores: 88 windows a second, not 140). The batch is global: it stays the same.
     """
     rank, local, size, here = (int(os.environ.get(name, default)) for name, default in
                                (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
     gpu, cores = torch.cuda.is_available(), os.cpu_count() or 1
-    if not gpu and size == here > cores:
-        if rank >= cores:
+    slots = torch.cuda.device_count() if gpu else cores
+    slots = 1 << (slots.bit_length() - 1)                # a power of two divides the presets' batches
+    if size == here > slots:
+        if rank >= slots:
             sys.exit(0)
-        print(f"processes: {size} started on {cores} cores; {cores} train, "
-              "the others leave") if rank == 0 else None
-        size = here = cores
+        if rank == 0:
+            print(f"processes: {size} started, {slots} train, the others leave: there is one "
+                  f"{'GPU' if gpu else 'core'} for each of {slots}")
+        size = here = slots
     device = torch.device("cuda", local) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
@@ -320,7 +323,8 @@ def build(config, changes, world):
     if config.resume:
         return model.to(world.device)                    # its weights are in resume.pt
     found = config.stage == "finetune" and os.path.exists("out/pretrain/config.json")
-    init = config.init or ("out/pretrain" if found else "none")
+    fits = found and gr1.read_config("out/pretrain")["model"].get("preset") == model_config.preset
+    init = config.init or ("out/pretrain" if fits else "none")
     if init == "none":
         world.print("init: fresh weights (--init CHECKPOINT starts from another run's)")
     else:
@@ -330,21 +334,24 @@ def build(config, changes, world):
 
 def start_from(init, model, config, world):
     """Load checkpoint `init`, except for the parts that this stage adds or that --fresh names."""
-    anew = tuple(f"{part}." for part in config.fresh.split(",") if part != "none")
+    names = {name.split(".")[0] for name in model.trained_state()}
+    anew = tuple(part for part in config.fresh.split(",") if part != "none")
+    for part in anew:
+        if part not in names:
+            raise gr1.ModelError(f"--fresh {part}: no such part; there are {', '.join(sorted(names))}")
     state = gr1.read_weights(os.path.join(init, "model.safetensors"))
-    state = {name: tensor for name, tensor in state.items() if not anew or not name.startswith(anew)}
+    state = {name: tensor for name, tensor in state.items() if name.split(".")[0] not in anew}
+    # finetuning has, and pre-training lacks, the robot and cameras other than the first
+    added = ["embed_arm", "embed_gripper", "embed_state", "query_act", "action_head", *anew]
+    added += [f"{part}.{camera}" for camera in list(model.config.cameras)[1:]
+              for part in ("embed_latents", "embed_cls", "query_obs") if part not in anew]
     try:
-        absent = model.load_trained(state, init, may_miss=STAGE_PARTS + anew)
+        absent = model.load_trained(state, init, may_miss=added)
     except gr1.ModelError as error:
         raise gr1.ModelError(f"{error}; --init none starts fresh") from error
-    parts = [part.rstrip(".") for part in STAGE_PARTS + anew if any(name.startswith(part) for name in absent)]
+    parts = [part for part in added if any(name.startswith(part) for name in absent)]
     world.print(f"init: {len(state)} tensors from {init} (--init none starts without)"
                 + (f"; fresh: {', '.join(parts)}" if parts else ""))
-
-
-# what finetuning has and pre-training lacks: the robot, and cameras other than the first
-STAGE_PARTS = ("embed_arm", "embed_gripper", "embed_state", "query_act", "action_head",
-               "embed_latents.rgb_gripper", "embed_cls.rgb_gripper", "query_obs.rgb_gripper")
 
 
 def learning_rate(step, config):
@@ -378,13 +385,12 @@ def load_resume(config, model, optimizer, world):
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
         raise gr1.ModelError(f"{path} is damaged ({type(error).__name__}): start anew, with --init "
                              f"{config.out} to keep its weights") from error
-    free = {"resume", "out", "fresh", "workers", "log_every", "eval_every", "eval_batches", "compile",
-            "accumulate", "init"}
+    free = {"resume", "out", "init", "fresh", "workers", "log_every", "eval_every", "eval_batches", "compile"}
     now = dataclasses.asdict(config) | dataclasses.asdict(model.config)
     for key, value in state["config"].items():
         if key not in free and now[key] != value:
-            raise gr1.ModelError(f"{config.out} was started with {key} {value}, not {now[key]}: give the same, "
-                                 "or another --out")
+            raise gr1.ModelError(f"{config.out} was started with {key} {value}, not {now[key]}: "
+                                 "give the same, or another --out")
     model.load_trained(state["model"], path)
     optimizer.load_state_dict(state["optimizer"])
     world.print(f"resume: {config.out} at step {state['step']}")
@@ -393,6 +399,7 @@ def load_resume(config, model, optimizer, world):
 
 def make_room(out, world):
     """Move an earlier run in `out` aside, so that nothing is overwritten."""
+    world.barrier()                                      # others may still be reading it as --init
     if world.main and os.path.exists(os.path.join(out, "config.json")):
         n = 1
         while os.path.exists(f"{out}.{n}"):
@@ -429,7 +436,7 @@ def train_step(step, net, optimizer, loader, config, model_config, world, autoca
         waits = world.size > 1 and part < config.accumulate - 1      # gradients are averaged in the last pass
         with net.no_sync() if waits else nullcontext():
             with autocast:
-                video_at = torch.randperm(model_config.window)[:config.video_steps or None].tolist()
+                video_at = torch.randperm(model_config.window)[:config.video_steps].tolist() or None  # all
                 out, pixels = predict(net, model_config, batch, config.shift, video_at)
                 parts = gr1.losses(out, batch, pixels, model_config, video_at)
             (weighted(parts, config) / config.accumulate).backward()
