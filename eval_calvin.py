@@ -240,7 +240,7 @@ def main():
     if args.policy == "model":
         header["checkpoint"] = f"{args.checkpoint}, step {gr1.read_config(args.checkpoint).get('step')}"
     header |= {"language": "shuffled: another task's sentence" if args.shuffle_language else "the task's own",
-               "starting states": f"unseen, seeds from {args.seed}", 
+               "starting states": f"unseen, seeds from {args.seed}",
                "steps an instruction": tabletop.STEPS,
                "seconds": round(time.time() - start)}
     figures = summarise(results)

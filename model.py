@@ -863,11 +863,11 @@ class Policy:
             raise ModelError("this model was trained without video prediction (no [OBS])")
         if not self.history:
             raise ModelError("nothing was seen yet: call step before predicted_frames")
-        answers = self.ask(torch.cat([model.query_obs[c] for c in config.cameras]))
-        frames = {}
-        for camera, x in zip(config.cameras, answers.split(config.latents + 1, 1)):
-            now = to_pixels(self.frames[camera], config.cameras[camera])
-            frames[camera] = to_images(draw(model.video_head(x, camera), now, config))[0].cpu().numpy()
+        queries, _ = model.queries([], [len(self.history) - 1])
+        out, frames = model.heads(self.ask(queries), 0), {}
+        for camera, side in config.cameras.items():
+            now = to_pixels(self.frames[camera], side)
+            frames[camera] = to_images(draw(out[camera][:, 0], now, config))[0].cpu().numpy()
         return frames
 
 
