@@ -29,6 +29,7 @@ METRES_PER_TICK, RADIANS_PER_TICK = 1 / 50, 1 / 20    # moved by an action of 1
 TICKS_PER_STEP, FPS = 2, 15.0
 STEP, TURN = METRES_PER_TICK * TICKS_PER_STEP, RADIANS_PER_TICK * TICKS_PER_STEP
 NOISE = 0.12                                          # a sloppy arm: standard deviation as a fraction of STEP
+NUDGES = 0.5                                          # how readily something drags it off, see perform
 
 BLOCKS = ("red", "blue", "pink")                      # CALVIN's order in scene_obs
 HALF = 0.03                                           # half a block
@@ -609,7 +610,7 @@ class Demonstrator:
         """To a point above `place`, rising first if that is far and the gripper low."""
         x, y, z = self.world.position
         if z < .07 and max(abs(x - place[0]), abs(y - place[1])) > .03:
-            yield from self.go(np.array([x, y, .085]), grip, .02)
+            yield from self.rise(grip, .085)
         yield from self.go(np.array([place[0], place[1], height]), grip, .02)
 
     def rise(self, grip, z):
@@ -696,24 +697,35 @@ def demonstrate(world, task, rng):
     yield from getattr(demonstrator, spec.skill)(spec)
 
 
-def perform(world, task, rng, render=True, limit=40):
+def perform(world, task, rng, render=True, limit=40, nudges=0.0):
     """Lets the demonstrator do `task`; returns observations (n + 1), actions (n), the oracle's word (bool).
 
     It stops one to three actions after the success: near where, in a chain, the next task starts.
+
+    nudges: chance, at a step in free space, that something drags the arm to a random place for three to six
+    steps. The demonstrator's actions are recorded, not the drag, so they say where to go from anywhere
+    (DART, Laskey et al. 2017, arXiv 1703.09327). Without them a policy with a memory learns to go on in the
+    direction in which it sees the arm moving, and neither reads the sentence nor looks for the block.
     """
     start, left, done = world.get_info(), int(rng.integers(1, 4)), False
-    observations, actions = [world.observe(render)], []
+    observations, actions, drag, nudged = [world.observe(render)], [], 0, False
     for action in demonstrate(world, task, rng):
         if len(actions) == limit or (done and left == 0):
             break
         left -= done
         actions.append(action)
+        free = world.position[2] > .07 and world.position[1] < .12 and world.held not in TRAVEL
+        if nudges and not nudged and len(actions) < 5 and free and rng.random() < nudges:
+            nudged, drag, away = True, int(rng.integers(3, 8)), rng.uniform([-.28, -.28, .09], [.28, .12, .18])
+        if drag:
+            drag -= 1
+            action = np.array([*(away - world.position) / STEP, 0, 0, 0, action[6]], np.float32)
         observations.append(world.step(action, render))
         done = done or success(task, start, world.get_info())
     return observations, actions, done
 
 
-def play(world, rng, counts, n_tasks, render=True):
+def play(world, rng, counts, n_tasks, render=True, nudges=0.0):
     """A session without resets: yields up to n_tasks (task, observations, actions, success), adds to counts.
 
     Tasks are drawn with the inverse square of their count as weight; a failure ends the session.
@@ -725,7 +737,7 @@ def play(world, rng, counts, n_tasks, render=True):
             return
         weights = np.array([1 / (1 + counts[task]) ** 2 for task in options])
         task = options[rng.choice(len(options), p=weights / weights.sum())]
-        segment = perform(world, task, rng, render)
+        segment = perform(world, task, rng, render, nudges=nudges)
         counts[task] += 1
         yield task, *segment
         if not segment[-1]:
@@ -803,7 +815,8 @@ def make_shard(job):
         while written < n_clips:
             pace = rng.uniform(1.5, 2.0) if video else 1.0
             world = Tabletop(scene, rng.integers(2**31), hand=video, pace=pace)
-            for task, observations, actions, done in play(world, rng, counts, SESSION):
+            for task, observations, actions, done in play(world, rng, counts, SESSION,
+                                                          nudges=0 if video else NUDGES):
                 if done and written < n_clips:
                     add_clip(shard, cameras, task, observations, actions, index * 10000 + session, video, rng)
                     written += 1
