@@ -156,8 +156,10 @@ def foresee(model, pixels, take):
     for first in range(take.length - size + 1):
         window = slice(first, first + size)
         context = model.context(language, images[:, window], state[:, window] if config.robot else None)
-        queries, at = model.queries([], range(size) if first == 0 else [size - 1])
-        answers.append(model.heads(model.trunk(context, queries[None], at), 0))
+        asked = range(size) if first == 0 else [size - 1]
+        queries, at = model.queries([], asked)
+        now = {camera: x[None, [first + t for t in asked]] for camera, x in pixels.items()}
+        answers.append(model.heads(model.trunk(context, queries[None], at), 0, now))
     return {camera: torch.cat([answer[camera] for answer in answers], 1) for camera in config.cameras}
 
 
@@ -275,6 +277,8 @@ def draw_take(args, model, take, out):
     if model.config.norm_pixels:
         notes += ["predictions up to each patch's mean and spread are drawn with those of the last observed "
                   "frame"]
+    if model.config.copy_gate:
+        notes += ["of each pixel the model predicts a colour and how much of the present one stays instead"]
     caption += [(note, SMALL, GRAY) for note in notes]
     strips, errors = look_ahead(model, take)
     write_gif(out / f"{take.name}.gif",

@@ -34,6 +34,7 @@ NUDGES = 0.5                                          # how readily something dr
 BLOCKS = ("red", "blue", "pink")                      # CALVIN's order in scene_obs
 HALF = 0.03                                           # half a block
 REACH = np.array([[-0.31, -0.40, -0.03], [0.31, 0.195, 0.20]])        # where the gripper can be: low, high
+FREE = np.array([[-0.28, -0.28, 0.09], [0.28, 0.12, 0.18]])           # where nothing is in its way
 EDGE, WALL = -0.20, 0.20                              # y of the table's front edge and of the wall
 GRASP, CONTACT, PRESS = 0.045, HALF + 0.012, 0.022    # how near it grasps, pushes, presses
 IN_DRAWER = -0.03                                     # z of a block that lies in the drawer
@@ -716,7 +717,7 @@ def perform(world, task, rng, render=True, limit=40, nudges=0.0):
         actions.append(action)
         free = world.position[2] > .07 and world.position[1] < .12 and world.held not in TRAVEL
         if nudges and not nudged and len(actions) < 5 and free and rng.random() < nudges:
-            nudged, drag, away = True, int(rng.integers(3, 8)), rng.uniform([-.28, -.28, .09], [.28, .12, .18])
+            nudged, drag, away = True, int(rng.integers(3, 8)), rng.uniform(*FREE)
         if drag:
             drag -= 1
             action = np.array([*(away - world.position) / STEP, 0, 0, 0, action[6]], np.float32)
@@ -728,14 +729,16 @@ def perform(world, task, rng, render=True, limit=40, nudges=0.0):
 def play(world, rng, counts, n_tasks, render=True, nudges=0.0):
     """A session without resets: yields up to n_tasks (task, observations, actions, success), adds to counts.
 
-    Tasks are drawn with the inverse square of their count as weight; a failure ends the session.
+    Tasks are drawn with the inverse square of their count as weight, so that none is rare, and those that
+    must tell three blocks apart more often; a failure ends the session.
     """
     world.reset(render=False)
     for _ in range(n_tasks):
         options = [task for task in TASKS if feasible(world, task)]
         if not options:
             return
-        weights = np.array([1 / (1 + counts[task]) ** 2 for task in options])
+        shares = [4 if "push" in task else 2 if "block_table" in task else 1 for task in options]
+        weights = np.array([1 / (1 + counts[task] / share) ** 2 for task, share in zip(options, shares)])
         task = options[rng.choice(len(options), p=weights / weights.sum())]
         segment = perform(world, task, rng, render, nudges=nudges)
         counts[task] += 1

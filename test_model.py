@@ -313,6 +313,25 @@ def test_foresight_is_judged_and_drawn():
     assert (errors(now, real=False) == 0).all()
 
 
+def test_copy_gate_keeps_the_present_frame():
+    """Catches a gate that mixes up pixels, channels or timesteps, or that lets the future frame through."""
+    model = small_model(norm_pixels=False, copy_gate=True)
+    pixels, *inputs = random_window(model.config)
+    with torch.no_grad():
+        model.video_head.pixels.bias[768:], model.video_head.pixels.weight[:] = 50, 0
+        kept = model(pixels, *inputs, video_at=[2, 1])
+        assert all(same(kept[c], gr1.patchify(pixels[c][:, [2, 1]], 16), 1e-5) for c in CAMERAS)
+        one = 16 * 5 + 7                                       # a pixel of each patch: row 5, column 7
+        model.video_head.pixels.bias[768 + one] = -50
+        model.video_head.pixels.bias[:768] = torch.arange(768.)
+        painted = gr1.unpatchify(model(pixels, *inputs)["rgb_static"], 16)
+    colour = torch.arange(3 * one, 3 * one + 3.0)[:, None, None]
+    assert same(painted[..., 5::16, 7::16], colour.expand(3, 2, 2), 1e-3)
+    painted[..., 5::16, 7::16] = pixels["rgb_static"][..., 5::16, 7::16]
+    assert same(painted, pixels["rgb_static"], 1e-5)
+    assert refused("needs norm_pixels false", small_config, copy_gate=True)
+
+
 @pytest.mark.parametrize("robot", [False, True])
 def test_one_batch_is_learned(robot):
     """Catches a part that is cut off from the loss: either stage must learn one batch by heart."""
@@ -414,10 +433,10 @@ def test_parity_with_the_official_model():
                for name, value in zip(("obs", "obs_hand"), targets))
 
 
-@pytest.mark.parametrize("chunk", [1, 2])
-def test_policy_equals_the_full_forward(chunk):
+@pytest.mark.parametrize("changes", [dict(chunk=1), dict(chunk=2), dict(norm_pixels=False, copy_gate=True)])
+def test_policy_equals_the_full_forward(changes):
     """Catches what a policy may wrongly keep: features at an old place in the window, sentence or episode."""
-    model, rng = small_model(chunk=chunk), np.random.default_rng(0)
+    model, rng = small_model(**changes), np.random.default_rng(0)
     policy, history, config = gr1.Policy(model), [], model.config
     assert refused("call step before", policy.predicted_frames)
     assert refused("no .OBS", gr1.Policy(small_model(video=False)).predicted_frames)
@@ -435,7 +454,8 @@ def test_policy_equals_the_full_forward(chunk):
         with torch.no_grad():
             out = model(pixels, [sentence], seen["robot_obs"].float())
         arm, gripper = policy.actions(history[-1], sentence)
-        assert arm.shape == (chunk, 6) and np.abs(arm - out["arm"][0, -1].clamp(-1, 1).numpy()).max() < 1e-5
+        assert arm.shape == (model.config.chunk, 6)
+        assert np.abs(arm - out["arm"][0, -1].clamp(-1, 1).numpy()).max() < 1e-5
         assert np.abs(gripper - out["gripper"][0, -1].numpy()).max() < 1e-5, step
         for c, frame in policy.predicted_frames().items():
             drawn = gr1.to_images(gr1.draw(out[c][0, -1], pixels[c][0, -1], config)).numpy().astype(int)
@@ -840,6 +860,24 @@ def test_demonstrator_succeeds():
     assert set(counts) == set(tabletop.TASKS) and min(counts.values()) >= 20
     assert sum(done.values()) / sum(counts.values()) > 0.98
     assert all(done[task] / counts[task] > 0.9 for task in counts)
+
+
+def test_nudged_demonstrations_say_where_to_go():
+    """Catches a drag that is recorded as the robot's action, or that spoils what the clip should teach; where
+    the arm is not dragged it does what it recorded.
+    """
+    against, all_done, moves = {0.0: 0, 1.0: 0}, 0, 0
+    for nudges in against:
+        rng, counts = np.random.default_rng(2), collections.Counter()
+        for session in range(12):
+            world = tabletop.Tabletop("ABCD"[session % 4], session)
+            for _, observations, actions, done in tabletop.play(world, rng, counts, 12, False, nudges):
+                places = np.stack([o["robot_obs"][:3] for o in observations])
+                moved, wanted = np.diff(places, axis=0), np.stack(actions)[:, :3]
+                against[nudges] += int(((moved * wanted).sum(1) < -0.01).sum())
+                moves, all_done = moves + nudges * len(actions), all_done + nudges * done
+    assert against[0.0] == 0 and against[1.0] > 0.05 * moves
+    assert all_done > 0.97 * sum(counts.values())
 
 
 def test_reset_restores_everything():
