@@ -957,7 +957,7 @@ def test_tabletop_data(tabletop_data):
         assert np.isnan(actions[-1]).all() and np.isfinite(actions[:-1]).all()
         assert np.array_equal(states[1:, 14] < 0, actions[:-1, 6] < 0)        # the gripper obeys
         moves = np.diff(states[:, :3], axis=0) / tabletop.STEP
-        free = np.abs(moves - actions[:-1, :3]).max(1) < 0.6                  # but for noise, edges, fixtures
+        free = np.abs(moves - actions[:-1, :3]).max(1) < 0.6                  # but for noise, edges, fixtures, drags
         assert free.mean() > 0.6
     other = tabletop_data.parent / "again"
     tabletop.make("demonstrations", other, 12, "AD", workers=1)
