@@ -6,7 +6,7 @@ Judge a policy by CALVIN's rules: single instructions, and chains of five instru
     python eval_calvin.py --shuffle-language                # every instruction swapped for another task's
 
 The rules: a chain starts from a given state; each of its instructions has a number of steps (360 in CALVIN,
-60 in the tabletop, whose demonstrations take about 14) and succeeds as soon as the oracle sees the change of
+60 in the tabletop, whose demonstrator takes 12) and succeeds as soon as the oracle sees the change of
 state that the task asks for, counted from the state at which the instruction was given; the next one follows
 from there, without a reset of the world but with the policy's history cleared; the chain ends at the first
 failure. Every episode counts.

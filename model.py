@@ -105,7 +105,7 @@ class GR1Config:
 
 PRESETS = {
     "gr1": dict(),                 # the paper: 195 M parameters with its encoders, 46 M of them trained
-    # A laptop's: everything is trained, encoder included. Departures from the paper, each with its reason:
+    # A laptop's: everything is small and trained, encoder included. Departures from the paper, with reasons:
     # plain pixels as video target (a drawn world is flat, and dividing by a flat patch's spread is noise),
     # a copy gate (four latents cannot carry a whole picture, nor minutes teach to paint one),
     # cameras at their own sizes (upsampling the 32 px gripper view would double the work).
@@ -372,7 +372,7 @@ class DecoderBlock(nn.Module):
 class VideoHead(nn.Module):
     """[OBS] outputs and mask tokens through a small decoder -> the future frame. One for all cameras.
 
-    With copy_gate it paints and says how much of each pixel of the present frame stays instead.
+    With copy_gate, pixel by pixel: stays * present + (1 - stays) * painted (paper, official code: painted).
     """
 
     def __init__(self, config):
@@ -466,20 +466,20 @@ class CLIPText(nn.Module):
 
 
 class TinyVision(nn.Module):
-    """A small encoder trained with the rest: (N, 3, S, S) -> CLS (N, Dv), keypoints (N, 32, Dv) for patches.
+    """A small encoder trained with the rest: (N, 3, S, S) -> CLS (N, Dv), keypoints (N, points, Dv).
 
-    A keypoint is the spatial softmax (Levine et al. 2016, arXiv 1504.00702) of a learned map over cells of
-    4 px: where it peaks, how high, and what the cells show there. A robot needs to know what is where, and
-    learns it from keypoints in a third less time than from a small ViT's patches; CLS reads all of them.
+    A keypoint stands for a patch. It is the spatial softmax (Levine et al. 2016, arXiv 1504.00702) of a
+    learned map over cells of 4 px: the mean place, how high the map peaks, and what the cells show there.
+    CLS reads where all of them are and how high. A robot needs to know what is where.
     """
     frozen = False
 
     def __init__(self, width, points=32):
         super().__init__()
-        cell = width // 2                                # features of a cell; a block is 5 px wide
+        cell = width // 2                                # features of a cell of 4 px: a block is 5 px wide
         self.stem, self.maps = nn.Conv2d(3, cell, 4, 4), nn.Conv2d(cell, points, 1)
         self.cls = nn.Linear(3 * points, width)
-        self.token, self.names = nn.Linear(3 + cell, width), nn.Parameter(torch.zeros(points, width))
+        self.token, self.identity = nn.Linear(3 + cell, width), nn.Parameter(torch.zeros(points, width))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, images):
@@ -492,7 +492,7 @@ class TinyVision(nn.Module):
         grid = torch.stack([line.repeat(side), line.repeat_interleave(side)], 1)           # column, row
         where, top = heat @ grid, maps.amax(-1, keepdim=True)                     # (N, 32, 2), (N, 32, 1)
         tokens = self.token(torch.cat([where, top, heat @ cells.transpose(1, 2)], -1))
-        return self.cls(torch.cat([where.flatten(1), top.flatten(1)], 1)), self.norm(tokens + self.names)
+        return self.cls(torch.cat([where.flatten(1), top.flatten(1)], 1)), self.norm(tokens + self.identity)
 
 
 class HashText(nn.Module):
@@ -604,11 +604,11 @@ class GR1(nn.Module):
             embed_arm            5, 0.1        decimetres must matter beside a wrist that hangs at pi rad
             ends of residuals    / sqrt(2 n)   n blocks add up
             learned tokens       0.02          they are normalised before use
-            vision.names         1             of the tiny preset's keypoints: they must differ from the start
+            vision.identity      1             the tiny preset's keypoints must differ from the start
         """
         frozen = self.frozen_prefixes()
         special = {"embed_language.weight": 1.0, "embed_arm.weight": torch.tensor([5, 5, 5, 0.1, 0.1, 0.1]),
-                   "vision.names": 1.0}
+                   "vision.identity": 1.0}
         depth = {"trunk": self.config.layers, "video_head": self.config.decoder_depth,
                  "resampler": self.config.resampler_depth}
         for name, p in self.named_parameters():
@@ -667,10 +667,10 @@ class GR1(nn.Module):
             {c: p.flatten(0, 1) for c, p in pixels.items()}).unflatten(0, (batch, steps))
         state = self.encode_state(robot_obs) if self.config.robot else None
         context = self.context(self.encode_language(sentences), images, state)
-        queries, at = self.queries(range(steps), range(steps) if video_at is None else video_at)
+        video_at = list(range(steps)) if video_at is None else video_at
+        queries, at = self.queries(range(steps), video_at)
         answers = self.trunk(context, queries.expand(batch, -1, -1), at, mask)
-        now = {camera: x if video_at is None else x[:, video_at] for camera, x in pixels.items()}
-        return self.heads(answers, steps, now)
+        return self.heads(answers, steps, {camera: x[:, video_at] for camera, x in pixels.items()})
 
     def queries(self, act_at, video_at):
         """[ACT] for the timesteps act_at, then each camera's [OBS] for video_at: tokens (R, D), their steps
@@ -694,8 +694,8 @@ class GR1(nn.Module):
         if config.video:
             for camera, x in zip(config.cameras, answers[:, start:].chunk(len(config.cameras), 1)):
                 x = x.unflatten(1, (-1, config.latents + 1))                               # (B, V, L + 1, D)
-                frames = self.video_head(x.flatten(0, 1), camera, now[camera].flatten(0, 1))
-                out[camera] = frames.unflatten(0, x.shape[:2])
+                patches = self.video_head(x.flatten(0, 1), camera, now[camera].flatten(0, 1))
+                out[camera] = patches.unflatten(0, x.shape[:2])
         return out
 
     # ---- checkpoints

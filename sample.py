@@ -156,9 +156,9 @@ def foresee(model, pixels, take):
     for first in range(take.length - size + 1):
         window = slice(first, first + size)
         context = model.context(language, images[:, window], state[:, window] if config.robot else None)
-        asked = range(size) if first == 0 else [size - 1]
+        asked = range(size) if first == 0 else [size - 1]                        # the window's last steps
         queries, at = model.queries([], asked)
-        now = {camera: x[None, [first + t for t in asked]] for camera, x in pixels.items()}
+        now = {camera: x[None, window][:, -len(asked):] for camera, x in pixels.items()}
         answers.append(model.heads(model.trunk(context, queries[None], at), 0, now))
     return {camera: torch.cat([answer[camera] for answer in answers], 1) for camera in config.cameras}
 
@@ -278,7 +278,7 @@ def draw_take(args, model, take, out):
         notes += ["predictions up to each patch's mean and spread are drawn with those of the last observed "
                   "frame"]
     if model.config.copy_gate:
-        notes += ["of each pixel the model predicts a colour and how much of the present one stays instead"]
+        notes += ["of each pixel the model predicts a colour, and how much of the present one to keep"]
     caption += [(note, SMALL, GRAY) for note in notes]
     strips, errors = look_ahead(model, take)
     write_gif(out / f"{take.name}.gif",

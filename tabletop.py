@@ -530,7 +530,7 @@ def _unstack_spot(world, i):
     return None
 
 
-STEPS = 60                                            # an instruction may take; demonstrations take about 12
+STEPS = 60                                            # an instruction may take; the demonstrator takes 12
 
 
 def instruction(task, seed):
@@ -698,15 +698,19 @@ def demonstrate(world, task, rng):
     yield from getattr(demonstrator, spec.skill)(spec)
 
 
+# How much oftener than the others the tasks come that must tell three blocks on the table apart.
+SHARES = dict(push=4, lift=2)
+
+
 def perform(world, task, rng, render=True, limit=40, nudges=0.0):
     """Lets the demonstrator do `task`; returns observations (n + 1), actions (n), the oracle's word (bool).
 
     It stops one to three actions after the success: near where, in a chain, the next task starts.
 
-    nudges: chance, at a step in free space, that something drags the arm to a random place for three to six
-    steps. The demonstrator's actions are recorded, not the drag, so they say where to go from anywhere
-    (DART, Laskey et al. 2017, arXiv 1703.09327). Without them a policy with a memory learns to go on in the
-    direction in which it sees the arm moving, and neither reads the sentence nor looks for the block.
+    nudges: chance, at each of the first four steps, if in free space, that something drags the arm, once,
+    to a random place for three to seven steps. The demonstrator's actions are recorded, not the drag, so they
+    say where to go from anywhere (after the idea of DART, Laskey et al. 2017, arXiv 1703.09327). Without them
+    a policy with a memory goes on where it sees the arm going, and does not learn which block a word means.
     """
     start, left, done = world.get_info(), int(rng.integers(1, 4)), False
     observations, actions, drag, nudged = [world.observe(render)], [], 0, False
@@ -716,11 +720,13 @@ def perform(world, task, rng, render=True, limit=40, nudges=0.0):
         left -= done
         actions.append(action)
         free = world.position[2] > .07 and world.position[1] < .12 and world.held not in TRAVEL
+        # (without nudges no random number is drawn: evaluation's starting states depend on none of this)
         if nudges and not nudged and len(actions) < 5 and free and rng.random() < nudges:
             nudged, drag, away = True, int(rng.integers(3, 8)), rng.uniform(*FREE)
         if drag:
             drag -= 1
-            action = np.array([*(away - world.position) / STEP, 0, 0, 0, action[6]], np.float32)
+            way = (away - world.position) / (STEP * world.pace)
+            action = np.array([*way, 0, 0, 0, action[6]], np.float32)
         observations.append(world.step(action, render))
         done = done or success(task, start, world.get_info())
     return observations, actions, done
@@ -729,15 +735,15 @@ def perform(world, task, rng, render=True, limit=40, nudges=0.0):
 def play(world, rng, counts, n_tasks, render=True, nudges=0.0):
     """A session without resets: yields up to n_tasks (task, observations, actions, success), adds to counts.
 
-    Tasks are drawn with the inverse square of their count as weight, so that none is rare, and those that
-    must tell three blocks apart more often; a failure ends the session.
+    Tasks are drawn with the inverse square of count / share as weight, so that none is rare; a failure ends
+    the session.
     """
     world.reset(render=False)
     for _ in range(n_tasks):
         options = [task for task in TASKS if feasible(world, task)]
         if not options:
             return
-        shares = [4 if "push" in task else 2 if "block_table" in task else 1 for task in options]
+        shares = [SHARES.get(task.split("_")[0], 1) if "drawer" not in task else 1 for task in options]
         weights = np.array([1 / (1 + counts[task] / share) ** 2 for task, share in zip(options, shares)])
         task = options[rng.choice(len(options), p=weights / weights.sum())]
         segment = perform(world, task, rng, render, nudges=nudges)
@@ -792,7 +798,8 @@ def make(kind, directory, n_clips=8000, scenes="ABCD", workers=None, seed=0, com
     shards = len(scenes) * max(1, round(n_clips / SHARD / len(scenes)))
     sizes = [n_clips // shards + (i < n_clips % shards) for i in range(shards)]
     jobs = [(kind, directory, i, scenes[i % len(scenes)], size, seed) for i, size in enumerate(sizes)]
-    clips.claim(directory, kind=kind, clips=n_clips, scenes=scenes, seed=seed)
+    clips.claim(directory, kind=kind, clips=n_clips, scenes=scenes, seed=seed, shares=SHARES,
+                nudges=0 if kind == "videos" else NUDGES)
     todo = [job for job in jobs if not clips.shard_is_done(directory, job[2])]
     workers = min(workers or os.cpu_count(), max(1, len(todo)))
     there = n_clips - sum(job[4] for job in todo)

@@ -44,6 +44,9 @@ SIZES = dict(window=4, future=2, width=32, layers=2, heads=4, dropout=0.0, visio
              decoder_heads=4)
 
 
+GATES = pytest.mark.parametrize("gate", [{}, dict(norm_pixels=False, copy_gate=True)])
+
+
 # ------------------------------------------------------------------------------------------ helpers
 
 @pytest.fixture(autouse=True)
@@ -144,9 +147,10 @@ def test_mask_is_the_drawn_one():
     assert drawn.shape == (10, 6) and torch.equal(gr1.attention_mask(2, 3, [0, 0, 1, 1]), drawn)
 
 
-def test_future_does_not_leak():
+@GATES
+def test_future_does_not_leak(gate):
     """Catches a policy that peeks: a later frame or state may change later answers, never an earlier one."""
-    model = small_model()
+    model = small_model(**gate)
     for key in [*CAMERAS, "robot_obs"]:
         pixels, sentences, robot_obs = random_window(model.config)
         before = model(pixels, sentences, robot_obs)
@@ -185,9 +189,10 @@ def test_padding_changes_nothing():
         assert not same(before[name][0, 2:], unmasked[name][0, 2:])
 
 
-def test_video_at_asks_for_less():
+@GATES
+def test_video_at_asks_for_less(gate):
     """Catches answers given to the wrong timesteps when only some steps foresee."""
-    model = small_model(chunk=2)
+    model = small_model(chunk=2, **gate)
     inputs = random_window(model.config)
     everything, some = model(*inputs), model(*inputs, video_at=[3, 1])
     for name, full in everything.items():
@@ -355,6 +360,24 @@ def test_one_batch_is_learned(robot):
         optimizer.zero_grad()
     for name, start in history[0].items():
         assert history[-1][name] < start / 5, (name, start, history[-1][name])
+
+
+def test_keypoints_say_where_and_what():
+    """Catches a keypoint with row and column swapped, upside down, at another scale, or of another cell."""
+    vision, images = gr1.TinyVision(8, points=2), torch.zeros(3, 3, 32, 32)
+    for i, (row, column) in enumerate(((1, 6), (1, 7), (2, 6))):             # one bright cell of 8 x 8
+        images[i, 0, 4 * row:4 * row + 4, 4 * column:4 * column + 4] = 1
+    with torch.no_grad():
+        for parameter in vision.parameters():
+            parameter.zero_()
+        vision.stem.weight[0, 0] = vision.maps.weight[0, 0] = 1.0            # cell feature 0, map 0: red
+        vision.cls.weight[[0, 1, 2], [0, 1, 4]] = 1.0                        # map 0's column, row and peak
+        cls, points = vision(images)
+    assert points.shape == (3, 2, 8)
+    column, row = cls[:, 0], cls[:, 1]
+    assert column[0] > 0 > row[0] and column[1] - column[0] > 0.3 and same(row[1], row[0], 1e-3)
+    assert row[2] - row[0] > 0.3 and same(column[2], column[0], 1e-3)
+    assert same(cls[0, 2], torch.nn.functional.gelu(torch.tensor(16.0)), 1e-3)
 
 
 def test_the_papers_model():
@@ -863,21 +886,21 @@ def test_demonstrator_succeeds():
 
 
 def test_nudged_demonstrations_say_where_to_go():
-    """Catches a drag that is recorded as the robot's action, or that spoils what the clip should teach; where
-    the arm is not dragged it does what it recorded.
-    """
-    against, all_done, moves = {0.0: 0, 1.0: 0}, 0, 0
-    for nudges in against:
-        rng, counts = np.random.default_rng(2), collections.Counter()
+    """Catches a drag that is recorded as the robot's action, or that spoils the task."""
+    def play(nudges):
+        """Steps in which the arm moved against its action, all steps, share of tasks done."""
+        rng, counts, against, steps, success = np.random.default_rng(2), collections.Counter(), 0, 0, 0
         for session in range(12):
             world = tabletop.Tabletop("ABCD"[session % 4], session)
             for _, observations, actions, done in tabletop.play(world, rng, counts, 12, False, nudges):
-                places = np.stack([o["robot_obs"][:3] for o in observations])
-                moved, wanted = np.diff(places, axis=0), np.stack(actions)[:, :3]
-                against[nudges] += int(((moved * wanted).sum(1) < -0.01).sum())
-                moves, all_done = moves + nudges * len(actions), all_done + nudges * done
-    assert against[0.0] == 0 and against[1.0] > 0.05 * moves
-    assert all_done > 0.97 * sum(counts.values())
+                moves = np.diff([o["robot_obs"][:3] for o in observations], axis=0)
+                against += int(((moves * np.stack(actions)[:, :3]).sum(1) < -0.01).sum())
+                steps, success = steps + len(actions), success + done
+        return against, steps, success / sum(counts.values())
+
+    against, steps, success = play(nudges=1.0)
+    assert against > 0.05 * steps and success > 0.97
+    assert play(nudges=0.0)[0] == 0                            # undisturbed, the arm goes where it wants to
 
 
 def test_reset_restores_everything():
@@ -950,6 +973,7 @@ def test_tabletop_data(tabletop_data):
     robot, person = (clips.Clips(tabletop_data / kind) for kind in ("demonstrations", "videos"))
     assert len(robot) == len(person) == 12 and not person.has_actions and list(person.cameras) == CAMERAS[:1]
     assert robot.cameras == dict(rgb_static=(64, 64), rgb_gripper=(32, 32))
+    against = 0
     for i in range(12):
         assert person.sentences[i] in tabletop.NARRATIONS[person.tasks[i]]
         assert robot.sentences[i] in tabletop.TASKS[robot.tasks[i]]
@@ -957,8 +981,10 @@ def test_tabletop_data(tabletop_data):
         assert np.isnan(actions[-1]).all() and np.isfinite(actions[:-1]).all()
         assert np.array_equal(states[1:, 14] < 0, actions[:-1, 6] < 0)        # the gripper obeys
         moves = np.diff(states[:, :3], axis=0) / tabletop.STEP
-        free = np.abs(moves - actions[:-1, :3]).max(1) < 0.6                  # but for noise, edges, fixtures, drags
-        assert free.mean() > 0.6
+        free = np.abs(moves - actions[:-1, :3]).max(1) < 0.6                  # but for noise, edges, drags
+        assert free.mean() > 0.4
+        against += int(((moves * actions[:-1, :3]).sum(1) < -0.25).sum())
+    assert against > 5                                                       # the arm was dragged about
     other = tabletop_data.parent / "again"
     tabletop.make("demonstrations", other, 12, "AD", workers=1)
     assert (other / "00001.bin").read_bytes() == (tabletop_data / "demonstrations/00001.bin").read_bytes()
@@ -1136,7 +1162,8 @@ def test_schedule_and_the_papers_settings():
 @pytest.mark.filterwarnings("error::UserWarning")
 def test_sample_shows_what_the_model_foresees(tmp_path, tabletop_data, checkpoints):
     """Catches pictures of other predictions than the model's, a rollout or a clip that leaves no picture."""
-    model, clip = small_model(), clips.Clips(tabletop_data / "demonstrations").read(0)
+    model = small_model(norm_pixels=False, copy_gate=True)
+    clip = clips.Clips(tabletop_data / "demonstrations").read(0)
     pixels = {c: gr1.to_pixels(torch.tensor(x).permute(0, 3, 1, 2), 32) for c, x in clip["frames"].items()}
     take = sample.Take("x", "lift the block", "", None, clip["frames"], clip["robot_obs"], 15)
     out, robot_obs = sample.foresee(model, pixels, take), torch.tensor(clip["robot_obs"])
