@@ -486,7 +486,7 @@ class TinyVision(nn.Module):
         cells = F.gelu(self.stem(images))
         maps, cells = self.maps(cells).flatten(2), cells.flatten(2)               # (N, ., H * W)
         heat = (maps - maps.mean(-1, keepdim=True)) / (maps.std(-1, keepdim=True) + 1e-3)  # none saturates
-        heat = heat.softmax(-1)
+        heat = (3 * heat).softmax(-1)                    # 3: even a random map's peak outweighs its 256 cells
         side = math.isqrt(heat.shape[-1])
         line = torch.linspace(-side / 4, side / 4, side, device=heat.device)      # [8 px from the middle]
         grid = torch.stack([line.repeat(side), line.repeat_interleave(side)], 1)           # column, row
