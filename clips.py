@@ -69,6 +69,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (--help lists all flags)\n")
 
 
+def parse_part(parser, text):
+    """Read "I/N", the I-th of N parts, I = 1 .. N: -> (I, N); a parser's error for anything else."""
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        parser.error(f"--shard takes I/N with I from 1 to N, for instance 2/4, not {text}")
+    return int(part), int(parts)
+
+
 # Writing
 
 def write_whole(path, data):
