@@ -5,17 +5,28 @@ Judge a policy by CALVIN's rules: single instructions, and chains of five instru
     python eval_calvin.py --policy untrained                # baselines: untrained, random, noop, scripted
     python eval_calvin.py --shuffle-language                # every instruction swapped for another task's
 
+    python eval_calvin.py --env calvin --checkpoint DIR     # CALVIN's 1000 chains in its own simulator
+    python eval_calvin.py --env calvin --shard 1/4 --out A  # a quarter of them, say on one of four machines
+    python eval_calvin.py --env calvin --resume --out A     # goes on after a crash
+    python eval_calvin.py --merge A B C D --out out/all     # one report of all shards
+    python eval_calvin.py --list                            # the chains and their initial states, as JSON
+
 The rules: a chain starts from a given state; each of its instructions has a number of steps (360 in CALVIN,
 60 in the tabletop, whose demonstrator takes 12) and succeeds as soon as the oracle sees the change of
 state that the task asks for, counted from the state at which the instruction was given; the next one follows
 from there, without a reset of the world but with the policy's history cleared; the chain ends at the first
-failure. Every episode counts.
+failure. Every episode counts. CALVIN's own simulator is an extra: see calvin.py.
 
-Reads a checkpoint (train.py). Prints the report, writes it to --out: report.md, report.json (every episode).
+Reads a checkpoint (train.py). Prints the report, writes it to --out: report.md, report.json (every episode);
+during the run episodes.jsonl, a line an episode after a line with the settings, from which --resume goes on.
 """
+import argparse
+import collections
+import hashlib
 import json
 import math
 import multiprocessing
+import multiprocessing.connection
 import os
 import pathlib
 import sys
@@ -25,33 +36,57 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import calvin
 import clips
 import model as gr1
+import record_calvin
 import tabletop
 
 CHAIN = 5                      # instructions
+RULES = dict(tabletop=tabletop, calvin=calvin)      # each has STEPS, TASKS, instruction, success, draw_chain
+RECYCLE = 50                   # chains of a worker, then it is replaced: resetting calvin_env leaks 12 MB
 
 
 def parse():
     parser = clips.Parser(description="Judge a policy by CALVIN's rules.")
-    parser.add_argument("--env", default="tabletop", choices=["tabletop"],
+    parser.add_argument("--env", default="tabletop", choices=list(RULES),
                         help="the world (default: tabletop)")
     parser.add_argument("--checkpoint", default="out/finetune", help="directory that train.py wrote")
     parser.add_argument("--policy", default="model",
                         choices=["model", "untrained", "random", "noop", "scripted"])
+    parser.add_argument("--preset", default="tiny", choices=list(gr1.PRESETS),
+                        help="of --policy untrained (default: tiny)")
     parser.add_argument("--scene", default="D", choices=list(tabletop.SCENES))
     parser.add_argument("--episodes", type=int, default=20,
-                        help="single-instruction episodes a task (default: 20)")
-    parser.add_argument("--chains", type=int, default=200, help="chains of five instructions (default: 200)")
+                        help="single-instruction episodes a task, tabletop only (default: 20)")
+    parser.add_argument("--chains", type=int,
+                        help="the first N chains of five instructions (default: 200; calvin: all 1000)")
     parser.add_argument("--shuffle-language", action="store_true",
                         help="give each episode another task's sentence")
+    parser.add_argument("--language", default="validation", choices=["validation", "unseen"],
+                        help="calvin: its validation sentences, or one of 50 others a task (default: its)")
     parser.add_argument("--seed", type=int, default=1_000_000,
-                        help="of the starting states (default: %(default)s)")
+                        help="of starting states, unseen sentences, random policies (default: %(default)s)")
+    parser.add_argument("--renderer", default="egl", choices=["egl", "tiny"],
+                        help="calvin: what draws; figures of one don't hold for the other (default: egl)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
+    parser.add_argument("--shard", default="1/1", metavar="I/N", help="play the I-th of N parts, I = 1 .. N")
+    parser.add_argument("--resume", action="store_true", help="go on with what --out holds")
+    parser.add_argument("--merge", nargs="+", metavar="DIR",
+                        help="play nothing, report on these runs' episodes")
+    parser.add_argument("--list", action="store_true", help="print CALVIN's chains and initial states")
+    parser.add_argument("--redraw", action="store_true", help="with --list: draw the chains anew (a minute)")
     parser.add_argument("--out", default="out/eval", help="directory of the report (default: out/eval)")
     args = parser.parse_args()
+    if args.chains is None:
+        args.chains = calvin.CHAINS if args.env == "calvin" else 200
     if args.workers < 1 or min(args.seed, args.episodes, args.chains) < 0:
         parser.error("--workers must be 1 or more, --seed, --episodes and --chains 0 or more")
+    if args.env == "calvin" and (args.scene != "D" or args.chains > calvin.CHAINS):
+        parser.error(f"CALVIN has {calvin.CHAINS} chains, all in scene D, whose initial states they have")
+    if args.env == "tabletop" and args.language != "validation":
+        parser.error("--language unseen is for --env calvin")
+    args.part, args.parts = clips.parse_part(parser, args.shard)
     return args
 
 
@@ -79,86 +114,155 @@ class Baseline:
 class Scripted(Baseline):
     """The demonstrator, which reads the true state and the task's name."""
 
+    def seed(self, seed):
+        super().seed(seed)
+        self.expert = None                                    # it remembers what it left unfinished
+
     def start(self, world, task):
-        self.actions = (tabletop.demonstrate(world, task, self.rng) if tabletop.feasible(world, task)
-                        else iter(()))
+        if isinstance(world, calvin.Calvin):
+            self.expert = self.expert or record_calvin.Expert(world, self.rng)
+            self.actions = self.expert.perform(task)
+        else:
+            self.actions = (tabletop.demonstrate(world, task, self.rng) if tabletop.feasible(world, task)
+                            else iter(()))
 
     def step(self, observation, sentence):
         return next(self.actions, np.array([0, 0, 0, 0, 0, 0, observation["robot_obs"][14]], np.float32))
 
 
 def load_policy(args):
-    """The policy that --policy names; "untrained" is the tiny preset with fresh weights."""
+    """The policy that --policy names; "untrained" is --preset with fresh weights."""
     if args.policy in ("random", "noop"):
         return Baseline(args.policy, args.seed)
     if args.policy == "scripted":
         return Scripted("scripted", args.seed)
     if args.policy == "untrained":
         torch.manual_seed(args.seed)
-        config = gr1.preset_config("tiny")
-        return gr1.Policy(gr1.GR1(config, *gr1.build_encoders(config)))
+        config = gr1.preset_config(args.preset)
+        return gr1.Policy(gr1.GR1(config, *gr1.build_encoders(config, "none", "none")))
     return gr1.Policy(gr1.GR1.from_pretrained(args.checkpoint))
 
 
 # ---------------------------------------------------------------------------------------------- episodes
 
 
-def follow(world, policy, task, sentence):
+def follow(world, policy, task, sentence, rules=tabletop):
     """Let the policy try one instruction: -> steps until the oracle says yes, or None."""
     start, observation = world.get_info(), world.observe()
     policy.reset()
     if isinstance(policy, Scripted):
         policy.start(world, task)
-    for step in range(1, tabletop.STEPS + 1):
-        observation = world.step(policy.step(observation, sentence))
-        if tabletop.success(task, start, world.get_info()):
+    for step in range(1, rules.STEPS + 1):
+        begin = time.perf_counter()
+        action = policy.step(observation, sentence)
+        world.seconds["policy"] += time.perf_counter() - begin
+        observation = world.step(action)
+        if rules.success(task, start, world.get_info()):
             return step
     return None
 
 
-def instruction(task, seed, shuffle):
-    """A sentence for the task, or for some other task if shuffle; the seed decides which."""
-    if shuffle:
-        others = [other for other in tabletop.TASKS if other != task]
+def instruction(task, seed, args):
+    """A sentence for the task, or for some other task with --shuffle-language; the seed decides which."""
+    rules = RULES[args.env]
+    if args.shuffle_language:
+        others = [other for other in rules.TASKS if other != task]
         task = str(np.random.default_rng([seed, 8]).choice(others))
-    return tabletop.instruction(task, seed)
+    return (calvin.unseen_instruction if args.language == "unseen" else rules.instruction)(task, seed)
 
 
 def play_single(world, policy, args, task, seed):
     world.reset(*tabletop.draw_start(args.scene, task, seed))
-    sentence = instruction(task, seed, args.shuffle_language)
+    sentence = instruction(task, seed, args)
     return dict(kind="single", seed=seed, task=task, sentence=sentence,
                 steps=follow(world, policy, task, sentence))
 
 
 def play_chain(world, policy, args, seed):
-    *state, tasks = tabletop.draw_chain(args.scene, seed, CHAIN)
+    """Play the chain that `seed` draws in the tabletop; in CALVIN it is the chain's number."""
+    rules = RULES[args.env]
+    *state, tasks = rules.draw_chain(args.scene, seed)
     world.reset(*state)
-    steps = []
-    for i, task in enumerate(tasks):
-        steps.append(follow(world, policy, task, instruction(task, seed + i, args.shuffle_language)))
+    first = seed if args.env == "tabletop" else args.seed + seed * CHAIN
+    steps, sentences = [], [instruction(task, first + i, args) for i, task in enumerate(tasks)]
+    for task, sentence in zip(tasks, sentences):
+        steps.append(follow(world, policy, task, sentence, rules))
         if steps[-1] is None:
             break
-    return dict(kind="chain", seed=seed, tasks=tasks, steps=steps, length=sum(s is not None for s in steps))
+    return dict(kind="chain", seed=seed, tasks=tasks, sentences=sentences, steps=steps,
+                length=sum(s is not None for s in steps))
 
 
-def work(job):
-    """Play one episode, in a worker: job is (kind, task or None, seed)."""
+def play(job, world, policy, args):
+    """Play one episode; job is (kind, task or None, seed)."""
     kind, task, seed = job
-    world = tabletop.Tabletop(WORKER["args"].scene, seed)
-    if isinstance(WORKER["policy"], Baseline):
-        WORKER["policy"].seed([seed, 2])                      # not on what this worker has played before
-    if kind == "single":
-        return play_single(world, WORKER["policy"], WORKER["args"], task, seed)
-    return play_chain(world, WORKER["policy"], WORKER["args"], seed)
+    if isinstance(policy, Baseline):
+        policy.seed([seed, 2])                                # not on what this worker has played before
+    before, start = collections.Counter(world.seconds), time.perf_counter()
+    result = play_chain(world, policy, args, seed) if kind == "chain" else \
+        play_single(world, policy, args, task, seed)
+    seconds = {part: world.seconds[part] - before[part] for part in world.seconds}
+    seconds["oracle, reset"] = time.perf_counter() - start - sum(seconds.values())
+    return result | dict(seconds={part: round(value, 3) for part, value in seconds.items()})
 
 
-WORKER = {}                    # what a worker process keeps between episodes
+# ---------------------------------------------------------------------------------------------- workers
 
 
-def start_worker(args):
+def work(connection, args):
+    """A worker process: one world, one episode after the other; says None when it is ready for the next."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)              # EGL and calvin_env print when they start
     torch.set_num_threads(1)
-    WORKER.update(args=args, policy=load_policy(args))
+    policy, world = load_policy(args), None
+    connection.send(None)
+    while (job := connection.recv()) is not None:
+        if args.env == "tabletop":
+            world = tabletop.Tabletop(args.scene, job[2])
+        world = world or calvin.Calvin(args.scene, renderer(args))
+        connection.send(play(job, world, policy, args))
+
+
+def renderer(args):
+    """What draws: nothing for a policy that doesn't look."""
+    return args.renderer if args.policy in ("model", "untrained") else None
+
+
+def hire(context, args):
+    """Start a worker: -> (our end of its connection, process)."""
+    ours, theirs = context.Pipe()
+    process = context.Process(target=work, args=(theirs, args), daemon=True)
+    process.start()
+    theirs.close()                                            # so that its death is the end of ours
+    return ours, process
+
+
+def play_all(args, jobs):
+    """Play the jobs on --workers processes: yields results as they come. A worker's death is a ModelError."""
+    context, todo, crew, given = multiprocessing.get_context("spawn"), collections.deque(jobs), {}, {}
+    try:
+        while todo or crew:
+            while todo and len(crew) < min(args.workers, len(jobs)):
+                ours, process = hire(context, args)
+                crew[ours], given[ours] = process, 0
+            for ours in multiprocessing.connection.wait(crew):
+                try:
+                    result = ours.recv()
+                except (EOFError, ConnectionResetError):
+                    crew[ours].join()
+                    raise gr1.ModelError(f"a worker died (exit status {crew[ours].exitcode}), what it said "
+                                         "stands above; finished episodes are kept: --resume") from None
+                if todo and (args.env == "tabletop" or given[ours] < RECYCLE):
+                    given[ours] += 1
+                    ours.send(todo.popleft())
+                else:
+                    ours.send(None)
+                    crew.pop(ours).join()
+                    del given[ours]
+                if result is not None:
+                    yield result
+    finally:
+        for process in crew.values():
+            process.terminate()
 
 
 # ---------------------------------------------------------------------------------------------- report
@@ -178,21 +282,31 @@ def bootstrap(values, draws=2000):
     return tuple(np.percentile(values[picks].mean(1), [2.5, 97.5]).tolist())
 
 
+def rates(attempts):
+    """{task: steps or None of each attempt} -> the table's figures by task, in the order of the tasks."""
+    table = {}
+    for task, steps in attempts.items():
+        done = [s for s in steps if s is not None]
+        table[task] = dict(successes=len(done), episodes=len(steps), rate=len(done) / len(steps),
+                           interval=wilson(len(done), len(steps)),
+                           steps=float(np.mean(done)) if done else None)
+    return table
+
+
 def summarise(results):
-    """Episodes -> the figures of the report."""
-    figures = {}
+    """Episodes -> the figures of the report. The table of tasks counts single instructions or, where there
+    are none, those that chains came to."""
+    figures, attempts = {}, collections.defaultdict(list)
     single, chains = ([r for r in results if r["kind"] == kind] for kind in ("single", "chain"))
+    for r in single:
+        attempts[r["task"]].append(r["steps"])
+    for r in chains if not single else []:
+        for task, steps in zip(r["tasks"], r["steps"]):
+            attempts[task].append(steps)
+    figures["tasks"] = rates(dict(sorted(attempts.items())))
     if single:
-        tasks = {}
-        for task in tabletop.TASKS:
-            steps = [r["steps"] for r in single if r["task"] == task]
-            done = [s for s in steps if s is not None]
-            tasks[task] = dict(successes=len(done), episodes=len(steps), rate=len(done) / len(steps),
-                               interval=wilson(len(done), len(steps)),
-                               steps=float(np.mean(done)) if done else None)
-        figures["tasks"] = tasks
         figures["single"] = dict(
-            mean=float(np.mean([t["rate"] for t in tasks.values()])), episodes=len(single),
+            mean=float(np.mean([t["rate"] for t in figures["tasks"].values()])), episodes=len(single),
             interval=bootstrap([r["steps"] is not None for r in single]))
     if chains:
         lengths = [r["length"] for r in chains]
@@ -202,60 +316,206 @@ def summarise(results):
     return figures
 
 
+def timing(results, rules):
+    """Where the time went: seconds by part, steps, and steps a second of one process."""
+    seconds = sum((collections.Counter(r["seconds"]) for r in results), collections.Counter())
+    each = [s for r in results for s in (r["steps"] if r["kind"] == "chain" else [r["steps"]])]
+    steps = sum(rules.STEPS if s is None else s for s in each)
+    return dict(seconds={part: round(value, 1) for part, value in seconds.items()}, steps=steps,
+                steps_per_second=round(steps / sum(seconds.values()), 1))
+
+
+def row_of_chains(name, in_a_row, average, interval=None):
+    between = f"{interval[0]:.2f} - {interval[1]:.2f}" if interval else ""
+    return f"| {name} | " + " | ".join(f"{x:.1%}" for x in in_a_row) + f" | **{average:.2f}** | {between} |"
+
+
 def markdown(header, figures):
     lines = ["# " + header["title"], ""] + [f"- {k}: {v}" for k, v in header.items() if k != "title"] + [""]
-    if "single" in figures:
-        lines += ["| task | success | 95% interval | steps |", "|---|---|---|---|"]
-        for task, t in figures["tasks"].items():
-            steps = f"{t['steps']:.0f}" if t["steps"] else "-"
-            low, high = t["interval"]
-            lines += [f"| {task} | {t['rate']:.0%} ({t['successes']}/{t['episodes']}) | "
-                      f"{low:.0%} - {high:.0%} | {steps} |"]
-        low, high = figures["single"]["interval"]
-        lines += [f"| **mean over {len(figures['tasks'])} tasks** | **{figures['single']['mean']:.1%}** | "
-                  f"{low:.1%} - {high:.1%} | |", ""]
     if "chains" in figures:
         chains = figures["chains"]
-        low, high = chains["interval"]
         lines += ["| chains | 1 | 2 | 3 | 4 | 5 | average length | 95% interval |",
                   "|---|---|---|---|---|---|---|---|",
-                  f"| {chains['n']} | " + " | ".join(f"{x:.1%}" for x in chains["in_a_row"])
-                  + f" | **{chains['average_length']:.2f}** | {low:.2f} - {high:.2f} |", ""]
-    return "\n".join(lines)
+                  row_of_chains(*(chains[k] for k in ("n", "in_a_row", "average_length", "interval")))]
+        lines += [row_of_chains(name, *figures["paper"][name]) for name in figures.get("paper", ())] + [""]
+    if figures["tasks"]:
+        lines += ["| task | success | 95% interval | steps |", "|---|---|---|---|"]
+    for task, t in figures["tasks"].items():
+        steps, (low, high) = f"{t['steps']:.0f}" if t["steps"] else "-", t["interval"]
+        lines += [f"| {task} | {t['rate']:.0%} ({t['successes']}/{t['episodes']}) | "
+                  f"{low:.0%} - {high:.0%} | {steps} |"]
+    if "single" in figures:
+        low, high = figures["single"]["interval"]
+        lines += [f"| **mean over {len(figures['tasks'])} tasks** | **{figures['single']['mean']:.1%}** | "
+                  f"{low:.1%} - {high:.1%} | |"]
+    return "\n".join([*lines, ""])
 
 
-def main():
-    args = parse()
-    load_policy(args)                              # what is wrong is said once, here, not by every worker
-    jobs = [("single", task, args.seed + i) for task in tabletop.TASKS for i in range(args.episodes)]
-    jobs += [("chain", None, args.seed + i * CHAIN) for i in range(args.chains)]
-    if not jobs:
-        raise gr1.ModelError("nothing to play: --episodes and --chains are both 0")
-    start = time.time()
-    with multiprocessing.get_context("spawn").Pool(args.workers, start_worker, (args,)) as pool:
-        bar = tqdm(pool.imap_unordered(work, jobs, chunksize=4), total=len(jobs), desc="episodes",
-                   disable=not sys.stderr.isatty())
-        results = sorted(bar, key=lambda r: (r["kind"], str(r.get("task")), r["seed"]))
-    header = dict(title="CALVIN's rules in the embedded tabletop, scene " + args.scene, policy=args.policy)
+# ---------------------------------------------------------------------------------------------- runs
+
+# GR-1's rows of the paper's Tables 1 and 2: the share of chains with 1 .. 5 done in a row, average length.
+PAPER = {"paper, ABCD -> D": ((.949, .896, .844, .789, .731), 4.21),
+         "paper, ABC -> D": ((.854, .712, .596, .497, .401), 3.06),
+         "paper, 10% of the data": ((.778, .533, .332, .218, .139), 2.00)}
+PAPER_UNSEEN = {"paper, unseen language": ((.764, .555, .381, .270, .196), 2.17)}
+
+
+def settings(args):
+    """What must be equal for two runs' episodes to belong together; the report's header is made of it."""
+    language = "unseen: one of 50 paraphrases a task" if args.language == "unseen" else "the task's own"
+    language += ", of another task (shuffled)" if args.shuffle_language else ""
+    said = dict(env=args.env, scene=args.scene, policy=args.policy, language=language, seed=args.seed,
+                chains=args.chains)
     if args.policy == "model":
-        header["checkpoint"] = f"{args.checkpoint}, step {gr1.read_config(args.checkpoint).get('step')}"
-    header |= {"language": "shuffled: another task's sentence" if args.shuffle_language else "the task's own",
-               "starting states": f"unseen, seeds from {args.seed}",
-               "steps an instruction": tabletop.STEPS,
-               "seconds": round(time.time() - start)}
-    figures = summarise(results)
+        weights = pathlib.Path(args.checkpoint) / "model.safetensors"
+        said["checkpoint"] = (f"step {gr1.read_config(args.checkpoint).get('step')}, "
+                              f"sha256 {hashlib.sha256(weights.read_bytes()).hexdigest()[:16]}")
+    if args.policy == "untrained":
+        said["preset"] = args.preset
+    if args.env == "tabletop":
+        return said | dict(episodes=args.episodes)
+    drawn = calvin.probe(args.renderer) if renderer(args) else "none: the policy doesn't look"
+    return said | {"calvin_env": calvin.commit(), "renderer": drawn}
+
+
+def jobs_of(args):
+    """All episodes of the run: what every shard together plays."""
+    if args.env == "calvin":
+        return [("chain", None, number) for number in range(args.chains)]
+    jobs = [("single", task, args.seed + i) for task in tabletop.TASKS for i in range(args.episodes)]
+    return jobs + [("chain", None, args.seed + i * CHAIN) for i in range(args.chains)]
+
+
+def key(result):
+    return result["kind"], result.get("task"), result["seed"]
+
+
+def read_episodes(directory):
+    """What a run has written: -> (settings, list of episodes). A last line cut off by a kill is left out."""
+    path = pathlib.Path(directory) / "episodes.jsonl"
+    if not path.is_file():
+        raise gr1.ModelError(f"{path} is not there: {directory} holds no run to go on with or to merge")
+    whole = path.read_bytes().rpartition(b"\n")[0].splitlines()
+    try:
+        said, *results = [json.loads(line) for line in whole]
+        return said["settings"], results
+    except (ValueError, KeyError, TypeError) as error:
+        raise gr1.ModelError(f"{path} is damaged ({error!r}): delete it and play that part again") from None
+
+
+def check_same(before, now, where):
+    changed = [f"{name} {before.get(name)}, not {now.get(name)}" for name in sorted(before | now)
+               if before.get(name) != now.get(name)]
+    if changed:
+        raise gr1.ModelError(f"{where} was played with {'; '.join(changed)}")
+
+
+def begin(args, said):
+    """Open --out's episodes.jsonl: -> (episodes that are there, file to append to)."""
+    path = pathlib.Path(args.out) / "episodes.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not args.resume or not path.exists():
+        clips.write_whole(path, json.dumps(dict(settings=said)).encode() + b"\n")
+    before, results = read_episodes(args.out)
+    check_same(before, said, args.out)
+    lines = [dict(settings=said), *results]                   # again, without what a kill cut off
+    clips.write_whole(path, b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+    return results, open(path, "ab", buffering=0)
+
+
+def run(args):
+    """Play this shard's episodes, those excepted that a resumed run finds done: -> settings, episodes."""
+    jobs = jobs_of(args)
+    mine = jobs[args.part - 1::args.parts]
+    if not mine:
+        raise gr1.ModelError("nothing to play: --episodes and --chains are both 0, or --shard is empty")
+    if args.policy != "scripted":
+        load_policy(args)                          # what is wrong is said once, here, not by every worker
+    said = settings(args)
+    results, file = begin(args, said)
+    done = {key(result) for result in results}
+    todo = [job for job in mine if job not in done]
+    with file, tqdm(total=len(mine), initial=len(mine) - len(todo), desc="episodes",
+                    disable=not sys.stderr.isatty()) as bar:
+        for result in play_all(args, todo):
+            file.write(json.dumps(result).encode() + b"\n")
+            results.append(result)
+            bar.update()
+    return said, results
+
+
+def merge(args):
+    """Join the episodes of several runs: -> settings, episodes; none may be there twice."""
+    said, results = read_episodes(args.merge[0])
+    for directory in args.merge[1:]:
+        other, more = read_episodes(directory)
+        check_same(other, said, directory)
+        results += more
+    count = collections.Counter(map(key, results))
+    if max(count.values(), default=0) > 1:
+        raise gr1.ModelError(f"{sum(n > 1 for n in count.values())} episodes are there twice, such as "
+                             f"{max(count, key=count.get)}: give each shard once")
+    return said, results
+
+
+def title(said, results):
+    """The report's first line: PARTIAL unless every episode of the run, of CALVIN's 1000, is there."""
+    args = argparse.Namespace(**{"episodes": 0} | said)
+    there, whole = len({key(result) for result in results}), len(jobs_of(args))
+    if said["env"] == "tabletop":
+        name = "CALVIN's rules in the embedded tabletop, scene " + said["scene"]
+    else:
+        name, whole = "CALVIN, scene " + said["scene"], calvin.CHAINS
+    return name if there == whole else f"PARTIAL ({there} of {whole} episodes): {name}"
+
+
+def report(args, said, results):
+    """Print the report and write it to --out."""
+    results = sorted(results, key=lambda r: (r["kind"], str(r.get("task")), r["seed"]))
+    rules, figures = RULES[said["env"]], summarise(results)
+    header = dict(title=title(said, results)) | {name: value for name, value in said.items() if name != "env"}
+    if said["env"] == "calvin" and said["policy"] == "model":
+        figures["paper"] = PAPER_UNSEEN if said["language"].startswith("unseen") else PAPER
+    time_spent = timing(results, rules)
+    header |= {"steps an instruction": rules.STEPS, "steps": time_spent["steps"],
+               "steps a second of a process": time_spent["steps_per_second"], "seconds, by part": ", ".join(f"{k} {v}" for k, v in time_spent["seconds"].items())}
+    if "TinyRenderer" in str(said.get("renderer")):
+        header["WARNING"] = "TinyRenderer's pictures differ from those of CALVIN's data (EGL): so do scores"
     text = markdown(header, figures)
     print(text)
     out = pathlib.Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     for name, content in (("report.md", text), ("report.json", json.dumps(
-            header | figures | {"episodes": results}, indent=1))):
+            header | figures | {"timing": time_spent, "episodes": results}, indent=1))):
         clips.write_whole(out / name, content.encode())
     print(f"written to {out}/report.md and report.json")
+
+
+def list_chains(args):
+    """Print CALVIN's chains and initial states as JSON, drawn anew on --workers processes with --redraw."""
+    if args.redraw:
+        with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
+            rows = calvin.draw_chains(pool.map)
+        if not np.array_equal(rows, calvin.read_chains()):
+            raise calvin.CalvinError("the generator and fixtures/calvin_chains.txt differ: numpy's legacy "
+                                     "random numbers have changed; the file is right")
+    conditions = calvin.initial_conditions()
+    states = [calvin.initial_state(condition) for condition in conditions]
+    print(json.dumps(dict(
+        chains=[[conditions[state], tasks] for state, tasks in calvin.load_chains()],
+        initial_states=[dict(condition=condition, robot_obs=robot.tolist(), scene_obs=scene.tolist())
+                        for condition, (robot, scene) in zip(conditions, states)])))
+
+
+def main():
+    args = parse()
+    if args.list:
+        return list_chains(args)
+    report(args, *(merge(args) if args.merge else run(args)))
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (clips.ClipsError, gr1.ModelError) as problem:
+    except (clips.ClipsError, gr1.ModelError, calvin.CalvinError, OSError) as problem:
         sys.exit(f"error: {problem}")

@@ -64,6 +64,7 @@ class Tabletop:
         self.scene, self.fixtures = scene, SCENES[scene]
         self.rng = np.random.default_rng(seed)
         self.hand, self.pace, self.size = hand, pace, size
+        self.seconds = Counter()                       # what eval_calvin.py measures, by part
         self.reset(render=False)
 
     def reset(self, robot_obs=None, scene_obs=None, render=True):

@@ -29,10 +29,12 @@ import pytest
 import torch
 import torch.nn as nn
 
+import calvin
 import clips
 import eval_calvin
 import model as gr1
 import prepare_calvin
+import record_calvin
 import sample
 import tabletop
 import train
@@ -992,25 +994,33 @@ def test_tabletop_data(tabletop_data):
 
 # ------------------------------------------------------------------------------------------ eval_calvin.py
 
+def eval_settings(**changes):
+    """What eval_calvin.parse makes of a command line, for the tabletop."""
+    settings = dict(env="tabletop", scene="D", language="validation", shuffle_language=False)
+    return mock.Mock(**settings | changes)
+
+
 def test_chain_stops_at_the_first_failure(monkeypatch):
     """Catches a chain that goes on after a failure or counts what came later; 0 +- 0 for 0 of 20."""
-    args = mock.Mock(scene="D", shuffle_language=False)
     for answers, length in (([5, 3, None, 4, 4], 2), ([None] * 5, 0), ([1] * 5, 5)):
         asked = iter(answers)
         monkeypatch.setattr(eval_calvin, "follow", lambda *_: next(asked))
-        result = eval_calvin.play_chain(tabletop.Tabletop("D", 0), None, args, 7)
+        result = eval_calvin.play_chain(tabletop.Tabletop("D", 0), None, eval_settings(), 7)
         assert result["length"] == length and result["steps"] == answers[:length + 1]
         assert len(list(asked)) == 5 - len(result["steps"])
-    figures = eval_calvin.summarise([dict(kind="chain", length=length) for length in (0, 2, 5, 5)])["chains"]
-    assert figures["average_length"] == 3 and figures["in_a_row"] == [0.75, 0.75, 0.5, 0.5, 0.5]
+    chains = [dict(kind="chain", length=length, tasks=["a", "b"], steps=[4, None]) for length in (0, 2, 5, 5)]
+    figures = eval_calvin.summarise(chains)
+    assert figures["chains"]["average_length"] == 3
+    assert figures["chains"]["in_a_row"] == [0.75, 0.75, 0.5, 0.5, 0.5]
+    assert figures["tasks"]["a"]["successes"] == figures["tasks"]["b"]["episodes"] == 4
+    assert figures["tasks"]["a"]["steps"] == 4 and figures["tasks"]["b"]["rate"] == 0
     for successes, n, low, high in (8, 10, 0.4902, 0.9433), (0, 20, 0, 0.1611), (20, 20, 0.8389, 1):
         assert np.allclose(eval_calvin.wilson(successes, n), (low, high), atol=1e-4)
 
 
 def test_the_scripted_expert_passes():
     """Catches an evaluation that nobody can pass: wrong starts, resets amid a chain, a late oracle."""
-    args = mock.Mock(scene="D", shuffle_language=False)
-    expert = eval_calvin.load_policy(mock.Mock(policy="scripted", seed=0))
+    args, expert = eval_settings(), eval_calvin.load_policy(mock.Mock(policy="scripted", seed=0))
     worlds = [tabletop.Tabletop("D", seed) for seed in range(4)]
     chains = [eval_calvin.play_chain(world, expert, args, seed) for seed, world in enumerate(worlds)]
     assert sum(chain["length"] for chain in chains) >= 18
@@ -1023,26 +1033,129 @@ def test_doing_nothing_scores_nothing(tmp_path):
     status, text = run("eval_calvin.py", "--policy", "noop", "--episodes", 1, "--chains", 2, "--workers", 1,
                        "--out", tmp_path)
     report = json.loads((tmp_path / "report.json").read_text())
-    assert status == 0 and (tmp_path / "report.md").read_text() in text
+    assert status == 0 and (tmp_path / "report.md").read_text() in text and "PARTIAL" not in text
     assert len(report["episodes"]) == len(tabletop.TASKS) + 2 and report["chains"]["n"] == 2
     assert report["single"]["mean"] == report["chains"]["average_length"] == 0
     assert all(result["successes"] == 0 and result["episodes"] == 1 for result in report["tasks"].values())
 
 
-def test_an_episode_depends_on_its_seed_alone(monkeypatch):
+def test_an_episode_depends_on_its_seed_alone():
     """Catches a report that depends on the number of workers, or a control that gives the right sentence."""
-    def play(policy, *jobs):
-        args = mock.Mock(scene="D", shuffle_language=False, policy=policy, seed=5)
-        monkeypatch.setattr(eval_calvin, "WORKER", dict(args=args, policy=eval_calvin.load_policy(args)))
-        results = [eval_calvin.work(job) for job in jobs]
-        return results[-1], eval_calvin.WORKER["policy"].rng.bit_generator.state
+    def play(name, *jobs):
+        args = eval_settings(policy=name, seed=5)
+        policy = eval_calvin.load_policy(args)
+        results = [eval_calvin.play(job, tabletop.Tabletop("D", job[2]), policy, args) for job in jobs]
+        return results[-1] | dict(seconds=None), policy.rng.bit_generator.state
 
     first, second = ("single", "open_drawer", 5), ("chain", None, 9)
     for policy in "random", "scripted":
         assert play(policy, second) == play(policy, first, second), policy
     for task, seed in ((task, seed) for task in tabletop.TASKS for seed in range(20)):
-        right, wrong, again = (eval_calvin.instruction(task, seed, shuffle) for shuffle in (0, 1, 1))
+        right, wrong, again = (eval_calvin.instruction(task, seed, eval_settings(shuffle_language=shuffle))
+                               for shuffle in (False, True, True))
         assert right in tabletop.TASKS[task] and wrong not in tabletop.TASKS[task] and wrong == again
+
+
+def test_killed_and_sharded_runs_give_the_straight_report(tmp_path, monkeypatch):
+    """Catches episodes lost or played twice by --resume and --merge, a part that passes for the whole."""
+    def judge(out, *more):
+        status, text = run("eval_calvin.py", *more, "--out", tmp_path / out)
+        assert status == 0, text
+        return json.loads((tmp_path / out / "report.json").read_text())
+
+    def figures(report):
+        timed = ("timing", "seconds, by part", "steps a second of a process")
+        episodes = [episode | dict(seconds=None) for episode in report["episodes"]]
+        return {key: value for key, value in report.items() if key not in timed} | dict(episodes=episodes)
+
+    play = ["--policy", "random", "--episodes", 0, "--chains", 5, "--workers", 1]
+    straight = judge("straight", *play)
+    path = tmp_path / "straight/episodes.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:3]) + lines[3][:40])                  # killed while it wrote a line
+    assert figures(judge("straight", *play, "--resume")) == figures(straight)
+    assert len(path.read_bytes().splitlines()) == 6
+    parts = [judge(f"part{i}", *play, "--shard", f"{i}/2") for i in (1, 2)]
+    assert all(part["title"].startswith("PARTIAL") for part in parts)
+    directories = [tmp_path / "part1", tmp_path / "part2"]
+    assert figures(judge("all", "--merge", *directories)) == figures(straight)
+    assert judge("one", "--merge", directories[0])["title"].startswith("PARTIAL (3 of 5")
+    out = ["--out", tmp_path / "no"]
+    assert fails_in_one_line("eval_calvin.py", "--merge", *directories, directories[0], *out, words=["twice"])
+    assert fails_in_one_line("eval_calvin.py", *play, "--seed", 3, "--resume", "--out", tmp_path / "all2",
+                             "--shard", "3/2", words=["--shard", "3/2"])
+    assert fails_in_one_line("eval_calvin.py", *play, "--seed", 3, "--resume", "--out", directories[0],
+                             words=["part1", "seed 1000000, not 3"])
+    assert not (tmp_path / "no").exists()
+
+
+# ------------------------------------------------------------------------------------------ calvin.py
+
+def has_simulator():
+    try:
+        return bool(calvin.package())
+    except calvin.CalvinError:
+        return False
+
+
+SIMULATOR = pytest.mark.skipif(not has_simulator(), reason="calvin_env is not installed, see calvin.py")
+GOLDEN = ROOT.parent / "shared/golden"
+
+
+def test_chains_are_those_that_calvin_draws():
+    """Catches a generator or a shipped list that is not CALVIN's, on 25 of the 192 initial conditions."""
+    rows, conditions = calvin.read_chains().tolist(), calvin.initial_conditions()
+    assert len(conditions) == 192 and len(rows) == 1000
+    for number in range(0, 192, 8):
+        mine = [row[1:] for row in rows if row[0] == number]
+        drawn = calvin.draw_chains_of((number, len(mine)))
+        assert len(mine) == 5 + (number < 40) and sorted(drawn) == sorted(mine)
+    assert calvin.load_chains()[0][1] == ["rotate_blue_block_right", "move_slider_right",
+                                          "lift_red_block_slider", "place_in_slider", "turn_off_lightbulb"]
+    assert calvin.fnv("test") == 3910690890                                # not textbook FNV-1
+    state = calvin.initial_state(conditions[calvin.load_chains()[0][0]])[1]
+    assert state[:6].tolist() == [0.28, 0.22, 0, 0.088, 1, 1] and np.isclose(state[12], 0.05, atol=1e-6) \
+        or np.isclose(state[12], 0.23, atol=1e-5)
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden figures are not part of the repository")
+def test_chains_and_states_equal_the_golden_ones():
+    """Catches any chain or initial state that differs from calvin_agent's, to the last bit."""
+    listed = json.loads(run("eval_calvin.py", "--list")[1])
+    assert listed["chains"] == json.loads((GOLDEN / "calvin_sequences.json").read_text())
+    golden = np.load(GOLDEN / "calvin_initial_states.npz")
+    states = {json.dumps(state["condition"]): state for state in listed["initial_states"]}
+    assert len(states) == len(golden["initial_state"]) == 192
+    for text, *observations in zip(*(golden[key] for key in ("initial_state", "robot_obs", "scene_obs"))):
+        state = states[text]
+        assert all(np.array_equal(state[key], x) for key, x in zip(("robot_obs", "scene_obs"), observations))
+
+
+def test_sentences():
+    """Catches a task without its sentences, and unseen ones that training or validation has."""
+    assert list(calvin.SENTENCES) == calvin.NAMES and set(calvin.NAMES) == CALVIN_TASKS
+    assert sum(len(x["training"]) for x in calvin.SENTENCES.values()) == 389
+    known = {text for x in calvin.SENTENCES.values() for text in (x["validation"], *x["training"])}
+    unseen = calvin.unseen_sentences()
+    assert set(unseen) == CALVIN_TASKS and all(len(texts) == 50 for texts in unseen.values())
+    every = [text for texts in unseen.values() for text in texts]
+    assert len(set(every)) == 34 * 50 and not known & set(every) and "{" not in "".join(every)
+    drawn = {calvin.unseen_instruction("open_drawer", seed) for seed in range(999)}
+    assert drawn == set(unseen["open_drawer"])
+
+
+def test_without_the_simulator(tmp_path, monkeypatch):
+    """Catches a traceback, or a file begun, where calvin_env is not installed."""
+    calvin.package.cache_clear()
+    for name in [name for name in sys.modules if name.split(".")[0] == "calvin_env"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "calvin_env", None)
+    out = tmp_path / "out"
+    for command in (("eval_calvin.py", "--env", "calvin", "--policy", "noop"), ("calvin.py",),
+                    ("record_calvin.py",), ("record_calvin.py", "--measure")):
+        assert fails_in_one_line(*command, "--out", out, words=["calvin_env", "calvin.py"]), command
+    calvin.package.cache_clear()
+    assert not out.exists()
 
 
 # ------------------------------------------------------------------------------------------ train.py
@@ -1190,8 +1303,8 @@ def test_commands_say_what_is_wrong(tabletop_data, checkpoints, tmp_path):
         shard.write_bytes(b"\0" * shard.stat().st_size)
     shutil.copytree(checkpoints / "finetune", damaged)
     (damaged / "model.safetensors").write_bytes((damaged / "model.safetensors").read_bytes()[:-8])
-    for command in ("train.py", "eval_calvin.py", "sample.py", "tabletop.py", "clips.py A",
-                    "prepare_calvin.py A B"):
+    for command in ("train.py", "eval_calvin.py", "sample.py", "tabletop.py", "clips.py A", "calvin.py",
+                    "record_calvin.py", "prepare_calvin.py A B"):
         assert fails_in_one_line(*command.split(), "--hepl", words=["--hepl", "did you mean --help?"])
     start = training("finetune", robot, out)
     judge = ["eval_calvin.py", "--episodes", 1, "--chains", 0, "--workers", 1, "--out", out]
@@ -1221,6 +1334,12 @@ def test_commands_say_what_is_wrong(tabletop_data, checkpoints, tmp_path):
             (["tabletop.py", "--scenes", "AX"], ["--scenes", "ABCD"]),
             ([*judge, "--policy", "noop", "--episodes", 0], ["nothing to play"]),
             ([*judge, "--workers", 0], ["--workers", "1 or more"]),
+            ([*judge, "--language", "unseen"], ["--language", "calvin"]),
+            ([*judge, "--env", "calvin", "--scene", "A"], ["scene D"]),
+            (["eval_calvin.py", "--merge", out], ["episodes.jsonl", "not there"]),
+            (["record_calvin.py"], ["--out"]),
+            (["record_calvin.py", "--out", out, "--tasks", "open_draw"], ["open_draw", "open_drawer"]),
+            (["record_calvin.py", "--out", out, "--scenes", "E"], ["--scenes", "ABCD"]),
             ([*judge, "--seed", -1], ["--seed", "0 or more"]),
             ([*look, "--instruction", " "], ["instruction", "empty"]),
             ([*judge, "--checkpoint", tmp_path / "nowhere"], ["nowhere", "train.py"]),
