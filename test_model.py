@@ -795,23 +795,56 @@ def test_calvin_bad_segments_are_counted(tmp_path):
 def test_calvin_resumes(tmp_path, monkeypatch):
     """Catches a resumed run that packs a segment twice, skips one, or makes finished shards again."""
     monkeypatch.setattr(prepare_calvin, "SHARD", 2)
-    split = make_calvin(tmp_path / "raw/training", [(a, a + 1) for a in range(20, 32, 2)])
-    straight, resumed, read = tmp_path / "straight", tmp_path / "resumed", prepare_calvin.read_clip
-    prepare_calvin.pack(split, straight, None)
+    make_calvin(tmp_path / "raw/training", [(a, a + 1) for a in range(20, 32, 2)])
+    read = prepare_calvin.read_clip
+
+    def pack(out, **changes):
+        prepare_calvin.pack(mock.Mock(**dict(
+            dataset=tmp_path / "raw", out=tmp_path / out, limit=None, actions="rel_actions", part=1, parts=1,
+            shard="1/1", workers=1) | changes), "training")
+        return tmp_path / out / "training"
+
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(prepare_calvin, "read_clip",
-                      lambda split, segment: 1 / 0 if segment.first == 26 else read(split, segment))
-        prepare_calvin.pack(split, resumed, None)
+                      lambda source, split, segment, actions:
+                      1 / 0 if segment.first == 26 else read(source, split, segment, actions))
+        pack("resumed")
+    resumed = tmp_path / "resumed/training"
     before = (resumed / "00000.bin").stat().st_mtime_ns
     assert [clips.shard_is_done(resumed, k) for k in range(3)] == [True, False, False]
-    prepare_calvin.pack(split, resumed, None)
-    assert (resumed / "00000.bin").stat().st_mtime_ns == before
-    for name in ("00000.bin", "00001.bin", "00002.bin"):
-        assert (resumed / name).read_bytes() == (straight / name).read_bytes()
-    assert clips.Clips(resumed).sentences == [f"do {a}" for a in range(20, 32, 2)]
-    assert refused("limit None, now 3", prepare_calvin.pack, split, resumed, 3)
-    prepare_calvin.pack(split, tmp_path / "part", 3)
-    assert len(clips.Clips(tmp_path / "part")) == 3
+    straight = pack("straight")
+    assert pack("resumed") == resumed and (resumed / "00000.bin").stat().st_mtime_ns == before
+    pack("parts", part=2, parts=2)
+    assert not (tmp_path / "parts/training/meta.json").exists()
+    for other in resumed, pack("parts", part=1, parts=2):
+        for name in ("00000.bin", "00001.bin", "00002.bin"):
+            assert (other / name).read_bytes() == (straight / name).read_bytes()
+        assert clips.Clips(other).sentences == [f"do {a}" for a in range(20, 32, 2)]
+    assert refused("limit None, now 3", pack, "resumed", limit=3)
+    assert len(clips.Clips(pack("part", limit=3))) == 3
+
+
+def test_calvin_from_the_zip(tmp_path):
+    """Catches a zip that gives other clips than the folder, a --verify that is blind or imagines things."""
+    split = make_calvin(tmp_path / "raw/training", [(10, 14), (20, 29)])
+    (split / "episode_0000012.npz").unlink()
+    archive = shutil.make_archive(tmp_path / "task_D_D", "zip", tmp_path, "raw")
+    for source, out in ((tmp_path / "raw", tmp_path / "a"), (archive, tmp_path / "b")):
+        status, text = run("prepare_calvin.py", source, out)
+        assert status == 0 and "1 segments left out: a frame is missing" in text, text
+        status, text = run("prepare_calvin.py", source, out, "--verify")
+        assert status == 0 and "0 of 1 clips differ" in text, text
+    packed = [(tmp_path / out / "training/00000.bin").read_bytes() for out in "ab"]
+    assert packed[0] == packed[1]
+    frame = dict(np.load(split / "episode_0000025.npz"))
+    np.savez(split / "episode_0000025.npz", **frame | dict(robot_obs=frame["robot_obs"] + 1))
+    status, text = run("prepare_calvin.py", tmp_path / "raw", tmp_path / "a", "--verify")
+    assert status == 1 and "1 of 1 clips differ" in text, text
+    status, text = run("prepare_calvin.py", split.parent, tmp_path / "c", "--actions", "executed_actions")
+    assert status == 1 and "a frame has no executed_actions" in text, text
+    pathlib.Path(archive).write_bytes(pathlib.Path(archive).read_bytes()[:5000])
+    assert fails_in_one_line("prepare_calvin.py", archive, tmp_path / "d", words=["D_D.zip", "no whole zip"])
+    assert not (tmp_path / "d").exists()
 
 
 def test_malicious_annotation_is_refused(tmp_path):
