@@ -478,7 +478,8 @@ def report(args, said, results):
         figures["paper"] = PAPER_UNSEEN if said["language"].startswith("unseen") else PAPER
     time_spent = timing(results, rules)
     header |= {"steps an instruction": rules.STEPS, "steps": time_spent["steps"],
-               "steps a second of a process": time_spent["steps_per_second"], "seconds, by part": ", ".join(f"{k} {v}" for k, v in time_spent["seconds"].items())}
+               "steps a second of a process": time_spent["steps_per_second"], "seconds, by part":
+               ", ".join(f"{k} {v}" for k, v in time_spent["seconds"].items())}
     if "TinyRenderer" in str(said.get("renderer")):
         header["WARNING"] = "TinyRenderer's pictures differ from those of CALVIN's data (EGL): so do scores"
     text = markdown(header, figures)

@@ -240,7 +240,7 @@ class Expert:
         """The direction in which the hand points."""
         return np.array([0, np.sin(-pitch), -np.cos(pitch)])
 
-    def push(self, name, side, by=0.16):
+    def push(self, name, side, blow=0.15):
         yield from self.clear()
         self.grip = -1
         (x, y, _), beside = self.block(name)[0], side * (0.067 + self.fixtures.sizes[name] / 2)
@@ -248,9 +248,9 @@ class Expert:
         yield from self.go([x - beside, y, 0.452], yaw=ACROSS, speed=self.slow, near=0.01)
         # A blow rather than a push: the block should slide free of the hand before the oracle says yes, for
         # push_into_drawer, if it comes next, counts only from a moment at which the robot touches no block.
-        yield from self.go([x - beside + side * by, y, 0.452], yaw=ACROSS, speed=1, near=0.1)
+        yield from self.go([x - beside + side * blow, y, 0.452], yaw=ACROSS, speed=1, near=0.1)
         yield from self.go([x - beside, y, 0.452], yaw=ACROSS, speed=1, near=0.02)
-        yield from self.go([x + side * 0.04 + side * by, y, 0.452], yaw=ACROSS, speed=self.slow, near=0.01)
+        yield from self.go([x + side * 0.14, y, 0.452], yaw=ACROSS, speed=self.slow, near=0.01)
 
     def rotate(self, name, side):
         yield from self.clear()
@@ -270,15 +270,28 @@ class Expert:
         name = min(table or BLOCKS, key=lambda name: self.block(name)[0][1])
         yield from self.clear(0.56)
         self.grip = -1
-        aside = self.block(name)[0][0] - self.fixtures.drawer_x
-        if abs(aside) > 0.12:                                 # it would fall beside the drawer
-            yield from self.push(name, -np.sign(aside), by=abs(aside))
-            yield from self.clear(0.56)
+        if abs(self.block(name)[0][0] - self.fixtures.drawer_x) > 0.12:       # it would fall beside it
+            yield from self.carry(name, self.free_x(name))
+            yield from self.clear()
+            self.grip = -1
         x, y, _ = self.block(name)[0]
         yield from self.go([x, y + 0.075, 0.56], yaw=ACROSS, near=0.02)
         yield from self.go([x, y + 0.075, 0.455], yaw=ACROSS, speed=self.slow, near=0.01)
         yield from self.go([x, -0.19, 0.455], yaw=ACROSS, speed=self.slow, near=0.01)
         yield from self.go([x, -0.10, 0.5], yaw=ACROSS, speed=self.slow, near=0.01)
+
+    def free_x(self, name):
+        """Where behind the drawer no other block is: in its middle, if that is free."""
+        others = [self.block(other)[0] for other in BLOCKS if other != name]
+        return max(self.fixtures.drawer_x + np.array([0, -0.08, 0.08]), key=lambda x: min(
+            0.12, *(np.linalg.norm(place - [x, -0.12, 0.46]) for place in others)))
+
+    def carry(self, name, x):
+        yield from self.lift(name)
+        z = 0.465 + self.tip()[2] - self.block(name)[0][2]               # the block hangs a bit lower
+        yield from self.go([x, -0.12, self.tip()[2]], yaw=ACROSS, near=0.02)
+        yield from self.go([x, -0.12, z], yaw=ACROSS, speed=self.slow, near=0.005)
+        yield from self.open(8)
 
     def place_in_drawer(self):
         yield from self.clear(0.56, keep=True)
