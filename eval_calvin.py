@@ -40,9 +40,11 @@ import calvin
 import clips
 import model as gr1
 import record_calvin
+import sample
 import tabletop
 
 CHAIN = 5                      # instructions
+FILM_STEPS = 4                 # a GIF shows every fourth step
 RULES = dict(tabletop=tabletop, calvin=calvin)      # each has STEPS, TASKS, instruction, success, draw_chain
 RECYCLE = 50                   # chains of a worker, then it is replaced: resetting calvin_env leaks 12 MB
 
@@ -69,6 +71,8 @@ def parse():
                         help="of starting states, unseen sentences, random policies (default: %(default)s)")
     parser.add_argument("--renderer", default="egl", choices=["egl", "tiny"],
                         help="calvin: what draws; figures of one don't hold for the other (default: egl)")
+    parser.add_argument("--gif", type=int, default=0, metavar="K",
+                        help="calvin: write the first K chains as GIFs, with what the policy foresees")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
     parser.add_argument("--shard", default="1/1", metavar="I/N", help="play the I-th of N parts, I = 1 .. N")
     parser.add_argument("--resume", action="store_true", help="go on with what --out holds")
@@ -86,6 +90,8 @@ def parse():
         parser.error(f"CALVIN has {calvin.CHAINS} chains, all in scene D, whose initial states they have")
     if args.env == "tabletop" and args.language != "validation":
         parser.error("--language unseen is for --env calvin")
+    if args.env == "tabletop" and args.gif:
+        parser.error("--gif is for --env calvin; sample.py films the tabletop")
     args.part, args.parts = clips.parse_part(parser, args.shard)
     return args
 
@@ -146,8 +152,9 @@ def load_policy(args):
 # ---------------------------------------------------------------------------------------------- episodes
 
 
-def follow(world, policy, task, sentence, rules=tabletop):
-    """Let the policy try one instruction: -> steps until the oracle says yes, or None."""
+def follow(world, policy, task, sentence, rules=tabletop, film=None):
+    """Let the policy try one instruction: -> steps until the oracle says yes, or None. `film`, a list, takes
+    what was seen and foreseen now and then."""
     start, observation = world.get_info(), world.observe()
     policy.reset()
     if isinstance(policy, Scripted):
@@ -156,6 +163,8 @@ def follow(world, policy, task, sentence, rules=tabletop):
         begin = time.perf_counter()
         action = policy.step(observation, sentence)
         world.seconds["policy"] += time.perf_counter() - begin
+        if film is not None and step % FILM_STEPS == 1:
+            film.append(shot(observation, policy, f"{sentence}, step {step}"))
         observation = world.step(action)
         if rules.success(task, start, world.get_info()):
             return step
@@ -185,12 +194,35 @@ def play_chain(world, policy, args, seed):
     world.reset(*state)
     first = seed if args.env == "tabletop" else args.seed + seed * CHAIN
     steps, sentences = [], [instruction(task, first + i, args) for i, task in enumerate(tasks)]
+    film = [] if seed < args.gif else None
+    world.look = film is not None or looks(args)
     for task, sentence in zip(tasks, sentences):
-        steps.append(follow(world, policy, task, sentence, rules))
+        steps.append(follow(world, policy, task, sentence, rules, film))
         if steps[-1] is None:
             break
+    if film:
+        write_film(pathlib.Path(args.out) / f"chain-{seed:03d}.gif", film, steps)
     return dict(kind="chain", seed=seed, tasks=tasks, sentences=sentences, steps=steps,
                 length=sum(s is not None for s in steps))
+
+
+def shot(observation, policy, caption):
+    """What the cameras see and, of a policy that predicts, foresee: (caption, {row: [images]})."""
+    rows = {"now": [observation[camera] for camera in ("rgb_static", "rgb_gripper")]}
+    if isinstance(policy, gr1.Policy) and policy.model.config.video:
+        rows[f"predicted t+{policy.model.config.future}"] = list(policy.predicted_frames().values())
+    return caption, rows
+
+
+def write_film(path, film, steps):
+    """Write a chain's shots as a GIF; what became of it stands below each sentence."""
+    outcome = f"{sum(s is not None for s in steps)} of {CHAIN} instructions done"
+    pages = [sample.page([(caption, sample.LARGE, sample.INK), (outcome, sample.SMALL, sample.GRAY)],
+                         ["rgb_static", "rgb_gripper"],
+                         [[(row, [sample.enlarge(image, 200) for image in images])]
+                          for row, images in rows.items()])
+             for caption, rows in film]
+    sample.write_gif(path, pages)
 
 
 def play(job, world, policy, args):
@@ -222,9 +254,13 @@ def work(connection, args):
         connection.send(play(job, world, policy, args))
 
 
+def looks(args):
+    return args.policy in ("model", "untrained")
+
+
 def renderer(args):
-    """What draws: nothing for a policy that doesn't look."""
-    return args.renderer if args.policy in ("model", "untrained") else None
+    """What draws: nothing for a policy that doesn't look, unless somebody else wants to."""
+    return args.renderer if looks(args) or args.gif else None
 
 
 def hire(context, args):
@@ -374,8 +410,9 @@ def settings(args):
         said["preset"] = args.preset
     if args.env == "tabletop":
         return said | dict(episodes=args.episodes)
-    drawn = calvin.probe(args.renderer) if renderer(args) else "none: the policy doesn't look"
-    return said | {"calvin_env": calvin.commit(), "renderer": drawn}
+    drawn = calvin.probe(renderer(args))                      # here, before any worker finds out the hard way
+    return said | {"calvin_env": calvin.commit(),
+                   "renderer": drawn if looks(args) else "none: the policy doesn't look"}
 
 
 def jobs_of(args):

@@ -3,6 +3,7 @@
     python record_calvin.py --measure --scenes ABCD --demos 400     # how often does the expert succeed?
     python record_calvin.py --out data/calvin --demos 3400          # record: packed clips (clips.py)
     python record_calvin.py --out data/raw --format calvin          # record: CALVIN's own files, a frame each
+    python record_calvin.py --replay data/raw/training              # do its commands lead there again?
 
 The simulator is an extra, see calvin.py. The expert plays without a reset from whatever state it finds,
 choosing among the tasks that make sense there, rare ones first; physics alone, 2 ms a step. What succeeds is
@@ -504,6 +505,8 @@ def start_play(world, seed):
     return world.reset(seen["robot_obs"], scene, seed)
 
 
+REST = 6                       # steps between two tasks: the arm arrives where its last command was
+
 Demo = namedtuple("Demo", "task done steps")
 Step = namedtuple("Step", "pose observation action")           # pose: of all joints and bodies, see `pose_of`
 
@@ -539,6 +542,8 @@ def play(world, seed, counts, n_tasks=8, **options):
         yield demo
         if not demo.done:
             return
+        for _ in range(REST):
+            world.step([0, 0, 0, 0, 0, 0, expert.grip])
 
 
 def quiet():
@@ -632,7 +637,7 @@ def record_shard(index, scene, args):
     seed = args.seed * 10**9 + index * SESSIONS
     world, rng = calvin.Calvin(scene, args.renderer), np.random.default_rng([seed, 2])
     wanted, tried = Counter(dict.fromkeys(args.tasks, args.each)), {}
-    with WRITERS[args.format](args, index) as writer:
+    with WRITERS[args.format](args, index, scene) as writer:
         for demos in search(world, seed, wanted, tried):
             for demo in demos:
                 pictures = [draw_pose(world, step.pose) for step in demo.steps]
@@ -645,7 +650,7 @@ def record_shard(index, scene, args):
 class ClipWriter:
     """A shard of packed clips, see clips.py; its rel_actions are those that --actions says."""
 
-    def __init__(self, args, index):
+    def __init__(self, args, index, scene):
         self.shard = clips.ShardWriter(args.out, index, ["rgb_static", "rgb_gripper"])
         self.args, self.episode = args, index * 10**6
 
@@ -671,8 +676,9 @@ class CalvinWriter:
 
     FRAMES = 20000
 
-    def __init__(self, args, index):
+    def __init__(self, args, index, scene):
         self.out, self.next, self.segments = pathlib.Path(args.out) / args.split, index * self.FRAMES, []
+        self.scene = scene
         self.note = self.out / "segments" / f"{index:05d}.json"
         self.note.parent.mkdir(parents=True, exist_ok=True)
 
@@ -684,7 +690,8 @@ class CalvinWriter:
         for t in range(n):
             np.savez_compressed(self.out / f"episode_{first + t:07d}.npz",
                                 **{key: values[t] for key, values in rows.items()})
-        self.segments.append(dict(first=first, last=first + n - 1, task=task, sentence=sentence))
+        self.segments.append(dict(first=first, last=first + n - 1, task=task, sentence=sentence,
+                                  scene=self.scene))
         self.next += n
 
     def __enter__(self):
@@ -704,10 +711,34 @@ def is_done(args, index):
     return (pathlib.Path(args.out) / args.split / "segments" / f"{index:05d}.json").exists()
 
 
+def read_segments(out):
+    """The segments of all shards in CALVIN's files: dicts of first, last, task, sentence, scene."""
+    return [segment for note in sorted((out / "segments").glob("*.json"))
+            for segment in json.loads(note.read_text())]
+
+
+def replay(scene, out):
+    """Restore each demo's first state and execute its commands blindly: -> {task: [steps or None]}."""
+    quiet()
+    world, tried = calvin.Calvin(scene, None), {}
+    for segment in read_segments(out):
+        if segment["scene"] != scene:
+            continue
+        frames = [np.load(out / f"episode_{i:07d}.npz") for i in range(segment["first"], segment["last"] + 1)]
+        world.reset(frames[0]["robot_obs"], frames[0]["scene_obs"])
+        start, steps = world.get_info(), None
+        for t, frame in enumerate(frames + frames[-1:] * 20, 1):       # the last command is to rest
+            world.step(frame["executed_actions"])
+            if calvin.success(segment["task"], start, world.get_info()):
+                steps = t
+                break
+        tried.setdefault(segment["task"], []).append(steps)
+    return tried
+
+
 def finish_calvin(out):
     """Write what makes the frames in `out` a CALVIN data set: recordings (one a demo), annotations."""
-    notes = sorted((out / "segments").glob("*.json"))
-    segments = [segment for note in notes for segment in json.loads(note.read_text())]
+    segments = read_segments(out)
     pairs = np.array([(segment["first"], segment["last"]) for segment in segments])
     annotations = dict(
         language=dict(ann=[segment["sentence"] for segment in segments],
@@ -785,6 +816,15 @@ def measure_all(args):
     print_success(add_up([(job[0], tried) for job, tried in in_processes(measure, jobs, args.workers)]))
 
 
+def replay_all(args):
+    out = pathlib.Path(args.replay)
+    scenes = sorted({segment["scene"] for segment in read_segments(out)})
+    if not scenes:
+        raise calvin.CalvinError(f"{out}/segments holds no demonstrations in CALVIN's files to replay")
+    jobs = [(scene, out) for scene in scenes]
+    print_success(add_up([(job[0], tried) for job, tried in in_processes(replay, jobs, args.workers)]))
+
+
 def record_all(args):
     """Record the shards of this machine's part that are not there yet, then what joins them."""
     per_shard = args.each * len(args.tasks)
@@ -813,6 +853,8 @@ def parse():
     parser = clips.Parser(description="A scripted expert in the real simulator, and its demonstrations.")
     parser.add_argument("--out", help="directory of the data set")
     parser.add_argument("--measure", action="store_true", help="record nothing, print the expert's success")
+    parser.add_argument("--replay", metavar="DIR", help="record nothing, execute the commands of DIR, "
+                        "CALVIN's files of one split that this recorded, blindly")
     parser.add_argument("--demos", type=int, default=3400, help="how many, at least (default: %(default)s)")
     parser.add_argument("--scenes", default="ABCD", help="letters (default: ABCD)")
     parser.add_argument("--tasks", nargs="+", default=list(calvin.NAMES), metavar="TASK",
@@ -838,7 +880,7 @@ def parse():
         parser.error("--scenes takes letters of ABCD, for instance ABC")
     if min(args.demos, args.each, args.workers) < 1 or args.seed < 0:
         parser.error("--demos, --each and --workers must be 1 or more, --seed 0 or more")
-    if not args.measure and args.out is None:
+    if not args.measure and args.out is None and args.replay is None:
         parser.error("--out DIR says where to record, --measure only looks how well the expert does")
     if args.format == "calvin" and args.each * len(args.tasks) * (calvin.STEPS + 4) > CalvinWriter.FRAMES:
         parser.error(f"--each {args.each}: a shard of CALVIN's files holds {CalvinWriter.FRAMES} frames")
@@ -847,9 +889,9 @@ def parse():
 
 def main():
     args = parse()
-    if args.measure:
-        calvin.package()
-        measure_all(args)
+    if args.measure or args.replay:
+        calvin.probe(None)
+        (measure_all if args.measure else replay_all)(args)
     else:
         calvin.probe(args.renderer)                            # says what is wrong once, here
         record_all(args)

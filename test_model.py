@@ -34,7 +34,6 @@ import clips
 import eval_calvin
 import model as gr1
 import prepare_calvin
-import record_calvin
 import sample
 import tabletop
 import train
@@ -1029,7 +1028,7 @@ def test_tabletop_data(tabletop_data):
 
 def eval_settings(**changes):
     """What eval_calvin.parse makes of a command line, for the tabletop."""
-    settings = dict(env="tabletop", scene="D", language="validation", shuffle_language=False)
+    settings = dict(env="tabletop", scene="D", language="validation", shuffle_language=False, gif=0)
     return mock.Mock(**settings | changes)
 
 
@@ -1189,6 +1188,74 @@ def test_without_the_simulator(tmp_path, monkeypatch):
         assert fails_in_one_line(*command, "--out", out, words=["calvin_env", "calvin.py"]), command
     calvin.package.cache_clear()
     assert not out.exists()
+
+
+@pytest.fixture(scope="module")
+def world():
+    return calvin.Calvin("D", None)
+
+
+@SIMULATOR
+def test_reset_restores_the_simulator_exactly(world):
+    """Catches traces of what was played before in a restored state: then no figure could be had twice."""
+    def play(number, steps):
+        rng, first = np.random.default_rng(number), world.reset(*calvin.draw_chain("D", number)[:2])
+        seen = [first] + [world.step(np.append(rng.uniform(-1, 1, 6), rng.choice([-1, 1])))
+                          for _ in range(steps)]
+        return np.array([np.concatenate([o["robot_obs"], o["scene_obs"]]) for o in seen])
+
+    straight = play(3, 40)
+    play(11, 25)
+    assert np.array_equal(play(3, 40), straight) and straight[0, 14] == 1
+
+
+@SIMULATOR
+def test_the_button_bug_is_refused(world, monkeypatch):
+    """Catches an evaluation on calvin_env's commits before 797142c, whose button misses its first press."""
+    button = type(world.env.scene.buttons[0])
+    reset = button.reset
+
+    def forgetful(self, state=None):
+        reset(self, state)
+        self.state = type(self.state)(0)
+
+    monkeypatch.setattr(button, "reset", forgetful)
+    with pytest.raises(calvin.CalvinError, match="first press"):
+        world.check_button()
+
+
+@SIMULATOR
+def test_the_expert_and_idleness_in_the_simulator(tmp_path):
+    """Catches a protocol that nobody can pass, or that can be passed by doing nothing."""
+    for policy, least, most in ("scripted", 8, 10), ("noop", 0, 0):
+        status, text = run("eval_calvin.py", "--env", "calvin", "--policy", policy, "--chains", 2,
+                           "--workers", 1, "--out", tmp_path / policy)
+        assert status == 0 and "PARTIAL (2 of 1000" in text and calvin.FIXED in text, text
+        report = json.loads((tmp_path / policy / "report.json").read_text())
+        assert least <= sum(episode["length"] for episode in report["episodes"]) <= most, text
+
+
+@SIMULATOR
+def test_recorded_demonstrations_are_packed_and_replayed(tmp_path):
+    """Catches files that prepare_calvin.py can't read, commands that do not lead where the pictures show."""
+    raw, packed = tmp_path / "raw", tmp_path / "packed"
+    record = ["record_calvin.py", "--out", raw, "--format", "calvin", "--tasks", "turn_on_led", "open_drawer",
+              "--demos", 2, "--scenes", "B", "--renderer", "tiny", "--workers", 1]
+    for _ in range(2):                                                     # the second finds all done
+        status, text = run(*record)
+        assert status == 0 and "2 demonstrations" in text, text
+    status, text = run("record_calvin.py", "--replay", raw / "training", "--workers", 1)
+    assert status == 0 and "scene B: 2 of 2" in text, text
+    for actions in "rel_actions", "executed_actions":
+        status, text = run("prepare_calvin.py", raw, packed / actions, "--actions", actions)
+        assert status == 0 and "2 clips" in text, text
+    achieved, executed = (clips.Clips(packed / x / "training") for x in ("rel_actions", "executed_actions"))
+    assert achieved.sentences == executed.sentences and set(achieved.tasks) == {"turn_on_led", "open_drawer"}
+    assert all(text in calvin.SENTENCES[task]["training"]
+               for text, task in zip(executed.sentences, executed.tasks))
+    robot, moved = achieved.rows(0)
+    inside = np.abs(moved[:-1, :3]) < 0.99                                 # not clipped
+    assert np.allclose((moved[:-1, :3] / 50)[inside], np.diff(robot[:, :3], axis=0)[inside], atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------ train.py
