@@ -73,6 +73,8 @@ def parse():
                         help="calvin: what draws; figures of one don't hold for the other (default: egl)")
     parser.add_argument("--gif", type=int, default=0, metavar="K",
                         help="calvin: write the first K chains as GIFs, with what the policy foresees")
+    parser.add_argument("--serve", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
+                        help="one model for all workers, in batches (default: where there is a GPU)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
     parser.add_argument("--shard", default="1/1", metavar="I/N", help="play the I-th of N parts, I = 1 .. N")
     parser.add_argument("--resume", action="store_true", help="go on with what --out holds")
@@ -90,6 +92,7 @@ def parse():
         parser.error(f"CALVIN has {calvin.CHAINS} chains, all in scene D, whose initial states they have")
     if args.env == "tabletop" and args.language != "validation":
         parser.error("--language unseen is for --env calvin")
+    args.serve = args.serve and looks(args)
     if args.env == "tabletop" and args.gif:
         parser.error("--gif is for --env calvin; sample.py films the tabletop")
     args.part, args.parts = clips.parse_part(parser, args.shard)
@@ -137,7 +140,9 @@ class Scripted(Baseline):
 
 
 def load_policy(args):
-    """The policy that --policy names; "untrained" is --preset with fresh weights."""
+    """The policy that --policy names; "untrained" is --preset with fresh weights. On a GPU, if it --serves:
+    workers have none of their own."""
+    device = "cuda" if args.serve and torch.cuda.is_available() else "cpu"
     if args.policy in ("random", "noop"):
         return Baseline(args.policy, args.seed)
     if args.policy == "scripted":
@@ -145,8 +150,93 @@ def load_policy(args):
     if args.policy == "untrained":
         torch.manual_seed(args.seed)
         config = gr1.preset_config(args.preset)
-        return gr1.Policy(gr1.GR1(config, *gr1.build_encoders(config, "none", "none")))
-    return gr1.Policy(gr1.GR1.from_pretrained(args.checkpoint))
+        return gr1.Policy(gr1.GR1(config, *gr1.build_encoders(config, "none", "none")).to(device))
+    return gr1.Policy(gr1.GR1.from_pretrained(args.checkpoint).to(device))
+
+
+# ---------------------------------------------------------------------------------------- one model for all
+
+
+class Remote:
+    """A worker's side of a policy that lives in the main process, where one model serves all workers."""
+
+    def __init__(self, connection):
+        self.connection, self.fresh = connection, True
+
+    def reset(self):
+        self.fresh = True
+
+    def step(self, observation, sentence):
+        seen = {key: x for key, x in observation.items() if key.startswith("rgb") or key == "robot_obs"}
+        self.connection.send(("step", (seen, sentence, self.fresh)))
+        self.fresh = False
+        return self.connection.recv()
+
+    def foresight(self):
+        self.connection.send(("foresight", None))
+        return self.connection.recv()
+
+
+class Server:
+    """The main process's side: a history for each worker, one model for all."""
+
+    def __init__(self, policy):
+        self.model, self.policies = policy.model, {}
+
+    def answer(self, asked):
+        """asked: list of (connection, question, content), at most one of each connection."""
+        for connection, _, _ in asked:
+            self.policies.setdefault(connection, gr1.Policy(self.model))
+        for connection, question, _ in asked:
+            if question == "foresight":
+                connection.send(foresight(self.policies[connection]))
+        steps = [(connection, *content) for connection, question, content in asked if question == "step"]
+        for connection, _, _, fresh in steps:
+            if fresh:
+                self.policies[connection].reset()
+        if steps:
+            connections, observations, sentences, _ = zip(*steps)
+            actions = act_together([self.policies[c] for c in connections], observations, sentences)
+            for connection, action in zip(connections, actions):
+                connection.send(action)
+
+
+@torch.no_grad()
+def act_together(policies, observations, sentences):
+    """What each policy's step would return, float32 (B, 7), with the frames of all encoded at once and one
+    forward for all histories of one length. The policies share their model."""
+    model, cameras = policies[0].model, policies[0].model.config.cameras
+    device, actions = policies[0].device, np.empty((len(policies), 7), np.float32)
+    frames = {c: torch.from_numpy(np.stack([o[c] for o in observations])).to(device).permute(0, 3, 1, 2)
+              for c in cameras}
+    images = model.encode_images({c: gr1.to_pixels(x, cameras[c]) for c, x in frames.items()})
+    robot_obs = np.stack([o["robot_obs"] for o in observations]).astype(np.float32)
+    states, groups = model.encode_state(torch.from_numpy(robot_obs).to(device)), collections.defaultdict(list)
+    for i, (policy, sentence) in enumerate(zip(policies, sentences)):
+        policy.frames = {c: x[i:i + 1] for c, x in frames.items()}
+        if sentence != policy.sentence:
+            policy.sentence, policy.language = sentence, model.encode_language([sentence])
+        policy.history.append((images[i], states[i]))
+        groups[len(policy.history)].append(i)
+    for length, group in groups.items():
+        seen, felt = (torch.stack([torch.stack(x) for x in xs])
+                      for xs in zip(*(zip(*policies[i].history) for i in group)))
+        context = model.context(torch.cat([policies[i].language for i in group]), seen, felt)
+        queries = model.query_act.expand(len(group), -1, -1)
+        last = torch.full((queries.shape[1],), length - 1, device=device)
+        arm, gripper = model.action_head(model.trunk(context, queries, last))
+        actions[group, :6] = arm[:, 0].clamp(-1, 1).cpu().numpy()
+        actions[group, 6] = np.where(gripper[:, 0].cpu().numpy() > 0, 1, -1)
+    return actions
+
+
+def foresight(policy):
+    """What a policy predicts after its last step: (frames ahead, images), or None if it doesn't predict."""
+    if isinstance(policy, Remote):
+        return policy.foresight()
+    if isinstance(policy, gr1.Policy) and policy.model.config.video:
+        return policy.model.config.future, list(policy.predicted_frames().values())
+    return None
 
 
 # ---------------------------------------------------------------------------------------------- episodes
@@ -209,8 +299,9 @@ def play_chain(world, policy, args, seed):
 def shot(observation, policy, caption):
     """What the cameras see and, of a policy that predicts, foresee: (caption, {row: [images]})."""
     rows = {"now": [observation[camera] for camera in ("rgb_static", "rgb_gripper")]}
-    if isinstance(policy, gr1.Policy) and policy.model.config.video:
-        rows[f"predicted t+{policy.model.config.future}"] = list(policy.predicted_frames().values())
+    foreseen = foresight(policy)
+    if foreseen:
+        rows[f"predicted t+{foreseen[0]}"] = foreseen[1]
     return caption, rows
 
 
@@ -245,13 +336,13 @@ def work(connection, args):
     """A worker process: one world, one episode after the other; says None when it is ready for the next."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)              # EGL and calvin_env print when they start
     torch.set_num_threads(1)
-    policy, world = load_policy(args), None
-    connection.send(None)
+    policy, world = Remote(connection) if args.serve else load_policy(args), None
+    connection.send(("result", None))
     while (job := connection.recv()) is not None:
         if args.env == "tabletop":
             world = tabletop.Tabletop(args.scene, job[2])
         world = world or calvin.Calvin(args.scene, renderer(args))
-        connection.send(play(job, world, policy, args))
+        connection.send(("result", play(job, world, policy, args)))
 
 
 def looks(args):
@@ -275,18 +366,23 @@ def hire(context, args):
 def play_all(args, jobs):
     """Play the jobs on --workers processes: yields results as they come. A worker's death is a ModelError."""
     context, todo, crew, given = multiprocessing.get_context("spawn"), collections.deque(jobs), {}, {}
+    server = Server(load_policy(args)) if args.serve else None
     try:
         while todo or crew:
             while todo and len(crew) < min(args.workers, len(jobs)):
                 ours, process = hire(context, args)
                 crew[ours], given[ours] = process, 0
+            asked = []
             for ours in multiprocessing.connection.wait(crew):
                 try:
-                    result = ours.recv()
+                    kind, result = ours.recv()
                 except (EOFError, ConnectionResetError):
                     crew[ours].join()
                     raise gr1.ModelError(f"a worker died (exit status {crew[ours].exitcode}), what it said "
                                          "stands above; finished episodes are kept: --resume") from None
+                if kind != "result":
+                    asked.append((ours, kind, result))
+                    continue
                 if todo and (args.env == "tabletop" or given[ours] < RECYCLE):
                     given[ours] += 1
                     ours.send(todo.popleft())
@@ -296,6 +392,8 @@ def play_all(args, jobs):
                     del given[ours]
                 if result is not None:
                     yield result
+            if asked:
+                server.answer(asked)
     finally:
         for process in crew.values():
             process.terminate()

@@ -1028,7 +1028,8 @@ def test_tabletop_data(tabletop_data):
 
 def eval_settings(**changes):
     """What eval_calvin.parse makes of a command line, for the tabletop."""
-    settings = dict(env="tabletop", scene="D", language="validation", shuffle_language=False, gif=0)
+    settings = dict(env="tabletop", scene="D", language="validation", shuffle_language=False, gif=0,
+                    serve=False)
     return mock.Mock(**settings | changes)
 
 
@@ -1052,7 +1053,7 @@ def test_chain_stops_at_the_first_failure(monkeypatch):
 
 def test_the_scripted_expert_passes():
     """Catches an evaluation that nobody can pass: wrong starts, resets amid a chain, a late oracle."""
-    args, expert = eval_settings(), eval_calvin.load_policy(mock.Mock(policy="scripted", seed=0))
+    args, expert = eval_settings(), eval_calvin.load_policy(mock.Mock(policy="scripted", seed=0, serve=False))
     worlds = [tabletop.Tabletop("D", seed) for seed in range(4)]
     chains = [eval_calvin.play_chain(world, expert, args, seed) for seed, world in enumerate(worlds)]
     assert sum(chain["length"] for chain in chains) >= 18
@@ -1086,6 +1087,23 @@ def test_an_episode_depends_on_its_seed_alone():
         right, wrong, again = (eval_calvin.instruction(task, seed, eval_settings(shuffle_language=shuffle))
                                for shuffle in (False, True, True))
         assert right in tabletop.TASKS[task] and wrong not in tabletop.TASKS[task] and wrong == again
+
+
+def test_one_model_serves_many_worlds():
+    """Catches histories that get mixed up, or a batch that acts otherwise than each policy alone."""
+    model, rng = small_model(), np.random.default_rng(0)
+    alone, together = ([gr1.Policy(model) for _ in range(3)] for _ in range(2))
+    for t in range(7):
+        who = [i for i in range(3) if t >= i and rng.random() < 0.8]                  # of different ages
+        seen = [dict({c: rng.integers(256, size=(32, 32, 3), dtype=np.uint8) for c in CAMERAS},
+                     robot_obs=rng.normal(size=15)) for _ in who]
+        sentences = [f"do {i} {t // 4}" for i in who]
+        apart = [alone[i].step(o, text) for i, o, text in zip(who, seen, sentences)]
+        if who:
+            actions = eval_calvin.act_together([together[i] for i in who], seen, sentences)
+            assert np.allclose(actions, apart, atol=1e-5)
+            images = [list(policies[who[0]].predicted_frames().values()) for policies in (alone, together)]
+            assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(*images))
 
 
 def test_killed_and_sharded_runs_give_the_straight_report(tmp_path, monkeypatch):
