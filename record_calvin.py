@@ -34,6 +34,7 @@ import sys
 from collections import Counter, namedtuple
 
 import numpy as np
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import calvin
@@ -511,14 +512,17 @@ Demo = namedtuple("Demo", "task done steps")
 Step = namedtuple("Step", "pose observation action")           # pose: of all joints and bodies, see `pose_of`
 
 
-def demonstrate(world, expert, task, rng, remember=lambda world: None, longest=calvin.STEPS):
-    """Let the expert do the task: -> Demo, whose steps go one to three beyond the success."""
+def demonstrate(world, expert, task, rng, noise=0, remember=lambda world: None, longest=calvin.STEPS):
+    """Let the expert do the task: -> Demo, whose steps go one to three beyond the success. `noise`: standard
+    deviation added to its fast motions, which it makes up for: so it is seen to come from many places."""
     start, steps, done, left = world.get_info(), [], False, int(rng.integers(1, 4))
     observation = world.observe()
     for action in expert.perform(task):
         if len(steps) == longest or (done and left == 0):
             break
         left -= done
+        if noise and np.abs(action[:3]).max() > expert.slow:
+            action[:3] += rng.normal(0, noise, 3)
         steps.append(Step(remember(world), observation, np.append(np.clip(action[:6], -1, 1), action[6])))
         observation = world.step(action)
         done = done or calvin.success(task, start, world.get_info())
@@ -530,14 +534,15 @@ def play(world, seed, counts, n_tasks=8, **options):
     """A session without resets: yields Demos and counts their tasks; a failure ends it."""
     start_play(world, seed)
     rng = np.random.default_rng([seed, 1])
-    expert = Expert(world, rng, fast=rng.uniform(0.6, 0.95), slow=rng.uniform(0.4, 0.65))
+    expert = Expert(world, rng, fast=rng.uniform(0.6, 0.95), slow=rng.uniform(0.4, 0.6))
+    noise = rng.choice([0, rng.uniform(0, 0.2)])              # half of the sessions go straight
     for _ in range(n_tasks):
         tasks = feasible(expert)
         if not tasks:
             return
         weights = np.array([1 / (1 + counts[task]) ** 2 for task in tasks])
         task = tasks[rng.choice(len(tasks), p=weights / weights.sum())]
-        demo = demonstrate(world, expert, task, rng, **options)
+        demo = demonstrate(world, expert, task, rng, noise, **options)
         counts[task] += 1
         yield demo
         if not demo.done:
@@ -644,6 +649,9 @@ def record_shard(index, scene, args):
                 frames = {camera: np.stack([x[camera] for x in pictures]) for camera in pictures[0]}
                 writer.add(demo.task, str(rng.choice(calvin.SENTENCES[demo.task]["training"])), frames,
                            *rows_of(demo))
+    if +wanted:
+        print(f"shard {index}, scene {scene}: {SESSIONS} sessions of play gave too few of {dict(+wanted)}",
+              file=sys.stderr)
     return tried
 
 
@@ -755,6 +763,45 @@ def finish_calvin(out):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# looking
+
+MOMENTS, SIDE = 6, 100                                         # pictures of a demonstration, their side
+
+
+def examples(args):
+    """{task: its first demonstration's static pictures, MOMENTS of them} of what was recorded in --out."""
+    found = {}
+    if args.format == "clips":
+        data = clips.Clips(args.out)
+        for task in sorted(set(data.tasks)):
+            pictures = data.read(data.tasks.index(task), cameras=["rgb_static"])["frames"]["rgb_static"]
+            found[task] = pictures[np.linspace(0, len(pictures) - 1, MOMENTS).astype(int)]
+        return found
+    out = pathlib.Path(args.out) / args.split
+    for segment in read_segments(out):
+        moments = np.linspace(segment["first"], segment["last"], MOMENTS).astype(int)
+        if segment["task"] not in found:
+            found[segment["task"]] = [np.load(out / f"episode_{t:07d}.npz")["rgb_static"] for t in moments]
+    return found
+
+
+def contact_sheet(path, found):
+    """Write a PNG: a row of pictures for each task, its name above them, two tasks beside each other."""
+    wide, high = MOMENTS * SIDE + 12, SIDE + 18
+    sheet = Image.new("RGB", (2 * wide, -(-len(found) // 2) * high), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (task, pictures) in enumerate(sorted(found.items())):
+        left, top = i % 2 * wide, i // 2 * high
+        pen.text((left + 2, top + 3), task, "black")
+        for k, picture in enumerate(pictures):
+            sheet.paste(Image.fromarray(picture).resize((SIDE, SIDE)), (left + k * SIDE, top + 16))
+    file = io.BytesIO()
+    sheet.save(file, "PNG")
+    clips.write_whole(pathlib.Path(path), file.getvalue())
+    print(f"wrote {path}")
+
+
+# ------------------------------------------------------------------------------------------------------------
 # processes, checks, main
 
 def answer(connection, function, job):
@@ -842,11 +889,13 @@ def record_all(args):
     print_success(add_up(results))
     if not all(is_done(args, index) for index in range(shards)):
         print(f"part {args.shard} is done; once all parts are in {args.out}, start the command again there")
-    elif args.format == "calvin":
+        return
+    if args.format == "calvin":
         finish_calvin(pathlib.Path(args.out) / args.split)
     else:
         clips.write_meta(args.out, "calvin expert", fps=calvin.FPS, command=shlex.join(sys.argv))
         print("\n".join(clips.summary(args.out)))
+    contact_sheet(pathlib.Path(args.out) / "sheet.png", examples(args))
 
 
 def parse():
