@@ -279,8 +279,8 @@ def commit():
 
 def configuration(scene, renderer):
     """calvin_env's settings from its own conf/, as the data set's are: long fingers, two cameras at most."""
+    conf = package() / "conf"                                           # first: it says what is not installed
     from omegaconf import OmegaConf
-    conf = package() / "conf"
     robot = OmegaConf.merge(*(OmegaConf.load(conf / f"robot/{name}.yaml")
                               for name in ("panda", "panda_longer_finger")))
     robot.pop("defaults")                                               # hydra's own, not the robot's

@@ -617,14 +617,12 @@ def report(args, said, results):
                ", ".join(f"{k} {v}" for k, v in time_spent["seconds"].items())}
     if "TinyRenderer" in str(said.get("renderer")):
         header["WARNING"] = "TinyRenderer's pictures differ from those of CALVIN's data (EGL): so do scores"
-    text = markdown(header, figures)
-    print(text)
-    out = pathlib.Path(args.out)
+    text, out = markdown(header, figures), pathlib.Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     for name, content in (("report.md", text), ("report.json", json.dumps(
             header | figures | {"timing": time_spent, "episodes": results}, indent=1))):
         clips.write_whole(out / name, content.encode())
-    print(f"written to {out}/report.md and report.json")
+    print(f"{text}\nwritten to {out}/report.md and report.json")
 
 
 def list_chains(args):
