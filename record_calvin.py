@@ -881,12 +881,13 @@ def record_all(args):
     mine = range(args.part - 1, shards, args.parts)
     todo = [(index, args.scenes[index % len(args.scenes)], args) for index in mine
             if not is_done(args, index)]
-    results = []
+    notes = pathlib.Path(args.out) / "tried"                   # so that a resumed run reports all its parts
+    notes.mkdir(exist_ok=True)
     with tqdm(total=len(mine) * per_shard, initial=(len(mine) - len(todo)) * per_shard, unit="demo") as bar:
-        for (_, scene, _), tried in in_processes(record_shard, todo, args.workers):
-            results.append((scene, tried))
+        for (index, scene, _), tried in in_processes(record_shard, todo, args.workers):
+            clips.write_whole(notes / f"{index:05d}.json", json.dumps([scene, tried]).encode())
             bar.update(per_shard)
-    print_success(add_up(results))
+    print_success(add_up([json.loads(note.read_text()) for note in sorted(notes.glob("*.json"))]))
     if not all(is_done(args, index) for index in range(shards)):
         print(f"part {args.shard} is done; once all parts are in {args.out}, start the command again there")
         return
