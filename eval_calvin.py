@@ -11,8 +11,10 @@ state that the task asks for, counted from the state at which the instruction wa
 from there, without a reset of the world but with the policy's history cleared; the chain ends at the first
 failure. Every episode counts.
 
-Reads a checkpoint (train.py). Prints the report, writes it to --out: report.md, report.json (every episode).
+Reads a checkpoint (train.py's or the authors'). Prints the report and writes it to --out: report.md and
+report.json (every episode).
 """
+import contextlib
 import json
 import math
 import multiprocessing
@@ -36,7 +38,10 @@ def parse():
     parser = clips.Parser(description="Judge a policy by CALVIN's rules.")
     parser.add_argument("--env", default="tabletop", choices=["tabletop"],
                         help="the world (default: tabletop)")
-    parser.add_argument("--checkpoint", default="out/finetune", help="directory that train.py wrote")
+    parser.add_argument("--checkpoint", default="out/finetune",
+                        help="directory that train.py wrote, or the authors' file")
+    parser.add_argument("--mae", metavar="FILE", help="MAE's weights (default: as in training, or the hub's)")
+    parser.add_argument("--clip", metavar="FILE", help="likewise CLIP's; none: random, to try things out")
     parser.add_argument("--policy", default="model",
                         choices=["model", "untrained", "random", "noop", "scripted"])
     parser.add_argument("--scene", default="D", choices=list(tabletop.SCENES))
@@ -97,7 +102,7 @@ def load_policy(args):
         torch.manual_seed(args.seed)
         config = gr1.preset_config("tiny")
         return gr1.Policy(gr1.GR1(config, *gr1.build_encoders(config)))
-    return gr1.Policy(gr1.GR1.from_pretrained(args.checkpoint))
+    return gr1.Policy(gr1.GR1.from_pretrained(args.checkpoint, vision=args.mae, text=args.clip))
 
 
 # ---------------------------------------------------------------------------------------------- episodes
@@ -158,7 +163,8 @@ WORKER = {}                    # what a worker process keeps between episodes
 
 def start_worker(args):
     torch.set_num_threads(1)
-    WORKER.update(args=args, policy=load_policy(args))
+    with contextlib.redirect_stdout(None):         # the main process has said what it loads
+        WORKER.update(args=args, policy=load_policy(args))
 
 
 # ---------------------------------------------------------------------------------------------- report
@@ -238,7 +244,8 @@ def main():
         results = sorted(bar, key=lambda r: (r["kind"], str(r.get("task")), r["seed"]))
     header = dict(title="CALVIN's rules in the embedded tabletop, scene " + args.scene, policy=args.policy)
     if args.policy == "model":
-        header["checkpoint"] = f"{args.checkpoint}, step {gr1.read_config(args.checkpoint).get('step')}"
+        step = gr1.read_config(args.checkpoint).get("step", "unknown")
+        header["checkpoint"] = f"{args.checkpoint}, step {step}"
     header |= {"language": "shuffled: another task's sentence" if args.shuffle_language else "the task's own",
                "starting states": f"unseen, seeds from {args.seed}",
                "steps an instruction": tabletop.STEPS,

@@ -2,8 +2,8 @@
 The tests: `python -m pytest test_model.py`. CPU, no network, about two minutes on two cores.
 
 Each docstring names the bug that its test would catch. In order: helpers, model.py, clips.py, tabletop.py and
-the scripts, README. Reads fixtures/: official_small.npz, inputs, weights and outputs of the official model
-(bytedance/GR-1) at a small size, and official_names.txt, its tensors' names beside ours.
+the scripts, README. Reads fixtures/official_small.npz: inputs, weights and outputs of the official model
+(bytedance/GR-1) at a small size.
 """
 import collections
 import contextlib
@@ -200,24 +200,6 @@ def test_video_at_asks_for_less(gate):
     assert everything["arm"].shape == (2, 4, 2, 6) and everything["rgb_static"].shape == (2, 4, 4, 768)
 
 
-def naive_trunk(trunk, context, queries, mask):
-    """GPT-2 as the official code runs it: all tokens in order of time, -inf where a token may not look."""
-    _, T, C, _ = context.shape
-    x = torch.cat([context, queries.unflatten(1, (T, -1))], 2)              # (B, T, context and queries, D)
-    N = x.shape[2]
-    is_key = mask.repeat_interleave(N, 1) & (torch.arange(T * N) % N < C)
-    may = torch.ones(T * N, T * N).tril().bool() & is_key[:, None]
-    x = trunk.embed_norm(x.flatten(1, 2))
-    for block in trunk.blocks:
-        h = block.norm1(x)
-        q, k, v = (y.unflatten(-1, (block.heads, -1)).transpose(1, 2)
-                   for y in (block.q(h), *block.kv(h).chunk(2, -1)))
-        scores = (q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])).masked_fill(~may[:, None], -math.inf)
-        x = x + block.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
-        x = x + block.mlp(block.norm2(x))
-    return trunk.norm(x).unflatten(1, (T, N))[:, :, C:].flatten(1, 2)
-
-
 def test_fast_trunk_equals_the_naive_one():
     """Catches a shortcut that is not exact, in values or gradients, and any token that looks ahead."""
     trunk = small_model().double().trunk
@@ -226,7 +208,7 @@ def test_fast_trunk_equals_the_naive_one():
     mask, weights = torch.tensor([[True] * 4, [True] * 3 + [False]]), torch.randn_like(queries)
     tokens, at = context.unflatten(1, (4, 10)), torch.arange(4).repeat_interleave(9)
     results = []
-    for out in trunk(tokens, queries, at, mask), naive_trunk(trunk, tokens, queries, mask):
+    for out in trunk(tokens, queries, at, mask), gr1.naive_trunk(trunk, tokens, queries, at, mask):
         leaves = [context, queries, *(p for p in trunk.parameters() if p.requires_grad)]
         results.append([out, *torch.autograd.grad((out * weights).sum(), leaves, retain_graph=True)])
     assert all(torch.allclose(a, b, rtol=0, atol=1e-10) for a, b in zip(*results, strict=True))
@@ -400,30 +382,8 @@ def test_the_papers_model():
     assert torch.equal(text[0], text[2]) and not torch.allclose(text[0], text[1])
 
 
-def load_official(model, weights):
-    """Load the official tensors {name: array}, each of them exactly once; what is left over is returned."""
-    weights, D = {name: torch.tensor(value) for name, value in weights.items()}, model.config.width
-    for name in [name for name in weights if ".c_attn." in name]:
-        parts = weights.pop(name).split([D, 2 * D], -1)
-        weights |= {name.replace("c_attn", part): value for part, value in zip(("q", "kv"), parts)}
-    lines = (ROOT / "fixtures/official_names.txt").read_text().splitlines()[1:]
-    official = dict(line.replace("#", layer).split() for line in lines for layer in "01")
-    state = {"trunk.unused_wte": model.trunk.unused_wte.data}
-    for name, own in model.trained_state().items():
-        if name not in state:
-            plain, suffix = re.fullmatch(r"(.+?)(\.weight|\.bias)?", name).groups("")
-            theirs = official[plain]
-            names = theirs + suffix, theirs + ".weight", theirs
-            value = weights.pop(next(name for name in names if name in weights))
-            value = value.T if ".h." in theirs and value.dim() == 2 else value
-            state[name] = value.reshape(own.shape).contiguous()
-    model.load_trained(state, "golden")
-    return weights
-
-
 class Recorded(nn.Module):
     """An encoder that says what the official one said, whatever it is shown."""
-    frozen = True
 
     def __init__(self, *answers):
         super().__init__()
@@ -433,27 +393,121 @@ class Recorded(nn.Module):
         return self.answers.pop(0)
 
 
-def test_parity_with_the_official_model():
-    """Catches any departure from the official model: mask, token order, norms, activations, targets."""
+def golden_file(path, prefix="", **more):
+    """The golden weights as the authors store theirs: a torch file with a state_dict. -> (path, golden)."""
     golden = np.load(ROOT / "fixtures/official_small.npz")
+    weights = {prefix + name[7:]: torch.tensor(golden[name]) for name in golden if name.startswith("weight/")}
+    torch.save({"state_dict": weights | more, "epoch": 3}, path)
+    return path, golden
+
+
+def golden_config(**changes):
+    return small_config(**dict(vision_dim=24, resampler_depth=2, decoder_depth=2, decoder_heads=16) | changes)
+
+
+@pytest.mark.parametrize("cameras, robot, steps", [(CAMERAS, True, 4), (CAMERAS, True, 3),
+                                                   (CAMERAS[:1], True, 4), (CAMERAS, False, 4)])
+def test_parity_with_the_official_model(tmp_path, capsys, cameras, robot, steps):
+    """Catches any departure from the official model: names, mask, token order, norms, activations, targets;
+    a smaller config takes what it has of the file, says what it leaves out, and runs.
+    """
+    path, golden = golden_file(tmp_path / "snapshot.pt", **{
+        "transformer.wte.weight": torch.ones(1, 32), "transformer.h.1.attn.bias": torch.ones(1, 1, 8, 8),
+        "transformer.h.1.attn.masked_bias": torch.tensor(-1e4), "model_clip.x": torch.ones(2)})
     tensors = {name: torch.tensor(golden[name]) for name in golden if name.startswith(("in/", "out/"))}
-    config = small_config(vision_dim=24, resampler_depth=2, decoder_depth=2, decoder_heads=16)
-    images = [tuple(tensors[f"in/{part}_{camera}"].flatten(0, 1) for part in ("cls", "patch"))
+    images = [tuple(tensors[f"in/{part}_{camera}"][:, :steps].flatten(0, 1) for part in ("cls", "patch"))
               for camera in ("static", "gripper")]
-    model = gr1.GR1(config, Recorded(*images), Recorded(tensors["in/text"])).eval()
-    left = load_official(model, {name[7:]: golden[name] for name in golden if name.startswith("weight/")})
-    assert list(left) == ["decoder_pos_embed"]
-    assert same(left["decoder_pos_embed"][0], model.video_head.positions_rgb_static)
-    pixels = {c: gr1.to_pixels(tensors[f"in/{c}"], 32) for c in CAMERAS}
-    robot_obs = torch.zeros(2, 4, 15)
-    robot_obs[..., :6], robot_obs[..., 14] = tensors["in/arm"], 2 * tensors["in/gripper"] - 1
-    out = model(pixels, ["a", "b"], robot_obs, tensors["in/mask"].bool())
+    config = golden_config(cameras=dict.fromkeys(cameras, 32), robot=robot)
+    model = gr1.GR1.from_pretrained(path, config, Recorded(*images), Recorded(tensors["in/text"]))
+    said = capsys.readouterr().out
+    assert "the authors' GR-1" in said and "random" not in said
+    assert all(word in said for word in ("model_clip.x", "causal mask", "sin-cos"))
+    assert ("camera rgb_gripper" in said) == (len(cameras) == 1) and ("the robot" in said) == (not robot)
+    assert (model.trunk.unused_wte == 1).all()
+    pixels = {c: gr1.to_pixels(tensors[f"in/{c}"][:, :steps], 32) for c in cameras}
+    robot_obs = torch.zeros(2, steps, 15)
+    robot_obs[..., :6] = tensors["in/arm"][:, :steps]
+    robot_obs[..., 14] = 2 * tensors["in/gripper"][:, :steps] - 1
+    out = model(pixels, ["a", "b"], robot_obs, tensors["in/mask"][:, :steps].bool())
+    if len(cameras) < 2 or not robot:                       # fewer tokens: other figures, and no golden ones
+        assert set(out) == set(cameras) | ({"arm", "gripper"} if robot else set())
+        return
     targets = [gr1.video_target(pixels[c], config) for c in CAMERAS]
-    for name, value in (("arm_action", out["arm"].squeeze(2)), ("gripper_action", out["gripper"]),
-                        ("obs", out["rgb_static"]), ("obs_hand", out["rgb_gripper"])):
-        assert same(value, tensors[f"out/{name}_preds"], 1e-4), name
-    assert all(same(value, tensors[f"out/{name}_targets"], 1e-4)
-               for name, value in zip(("obs", "obs_hand"), targets))
+    for name, value in (("arm_action_preds", out["arm"].squeeze(2)), ("gripper_action_preds", out["gripper"]),
+                        ("obs_preds", out["rgb_static"]), ("obs_hand_preds", out["rgb_gripper"]),
+                        ("obs_targets", targets[0]), ("obs_hand_targets", targets[1])):
+        assert same(value, tensors[f"out/{name}"][:, :steps], 1e-4), name
+
+
+def test_ego4d_weights_of_the_authors(tmp_path, capsys):
+    """Catches a start from Ego4D that drops or misplaces tensors, or does so without a word."""
+    path, golden = golden_file(tmp_path / "pretrained.pt", "model.", **{
+        "model.embed_goal_image.weight": torch.ones(3), "model.text_encoder.x": torch.ones(2)})
+    state = torch.load(path, weights_only=True)["state_dict"]
+    robot = ("embed_arm", "embed_gripper", "embed_state", "action_queries", "pred_", "embed_hand", "obs_hand")
+    torch.save({"state_dict": {k: v for k, v in state.items() if not k[6:].startswith(robot)}}, path)
+    model = gr1.GR1.from_pretrained(path, golden_config(), Recorded(), Recorded())
+    said = capsys.readouterr().out
+    assert "GR-MG" in said and "goal image" in said
+    anew = said.split("random until trained")[1]
+    assert all(part in anew for part in gr1.finetuning_parts(golden_config()))
+    assert same(model.embed_language.weight, torch.tensor(golden["weight/embed_lang.weight"]))
+    assert same(model.trunk.blocks[1].kv.weight.T,
+                torch.tensor(golden["weight/transformer.h.1.attn.c_attn.weight"])[:, 32:])
+    video = golden_config(cameras={"rgb_static": 32}, robot=False)
+    gr1.GR1.from_pretrained(path, video, Recorded(), Recorded())
+    assert capsys.readouterr().out.endswith("random until trained: trunk.unused_wte\n")
+
+
+def test_bad_official_files(tmp_path):
+    """Catches a file that is loaded by halves, runs code, or fails with a traceback."""
+    config = golden_config()
+    load = lambda path: gr1.GR1.from_pretrained(path, config, Recorded(), Recorded())
+    path, bad = golden_file(tmp_path / "good.pt")[0], tmp_path / "bad.pt"
+    bad.write_bytes(b"")
+    assert refused("not a readable weights file", load, bad)
+    bad.write_bytes(path.read_bytes()[:20_000])
+    assert refused("not a readable weights file", load, bad)
+    bad.write_bytes(pickle.dumps(Bomb(tmp_path / "bang")))
+    assert refused("not a plain weights file", load, bad)
+    torch.save(Bomb(tmp_path / "bang"), bad)
+    assert refused("not a plain weights file", load, bad) and not (tmp_path / "bang").exists()
+    torch.save({"state_dict": {"layer1.weight": torch.ones(2)}}, bad)
+    assert refused("no GR-1 checkpoint.*layer1.weight", load, bad)
+    torch.save([1, 2], bad)
+    assert refused("no weights file.*no tensor", load, bad)
+    for name, tensor, words in (("embed_img.weight", torch.ones(32, 25), "another shape: embed_img.weight"),
+                                ("embed_extra.weight", torch.ones(2), "no place for embed_extra.weight"),
+                                ("transformer.h.7.ln_1.bias", torch.ones(32), "no place for transformer.h.7"),
+                                ("decoder_pos_embed", torch.ones(1, 4, 32), "decoder_pos_embed")):
+        golden_file(bad, **{name: tensor})
+        assert refused(words, load, bad)
+    state = torch.load(path, weights_only=True)["state_dict"]
+    del state["decoder_embed.bias"]
+    torch.save({"state_dict": state}, bad)
+    assert refused("lacks video_head.embed.bias", load, bad)
+    assert refused("no such file", load, tmp_path / "none.pt")
+    bad.write_bytes(b"\x80\x02X\x01")
+    assert refused("not a readable weights file", load, bad)
+
+
+def test_the_authors_file_at_full_size(tmp_path):
+    """Catches a tensor of the real model that is unknown, misplaced, lost or of another size."""
+    lines = (ROOT / "fixtures/official_keys.txt").read_text().splitlines()[2:]
+    shapes = {name: tuple(map(int, shape.split("x"))) if shape else () for name, _, shape in
+              (line.partition(" ") for line in lines)}
+    state = {name: torch.full(shape, float(i)) for i, (name, shape) in enumerate(shapes.items())}
+    config = gr1.GR1Config()
+    model = gr1.GR1(config, Recorded(), Recorded())
+    state["decoder_pos_embed"] = model.video_head.positions_rgb_static[None].clone()
+    torch.save({"state_dict": state}, tmp_path / "snapshot.pt")
+    said = model.load_pretrained(gr1.read_checkpoint(tmp_path / "snapshot.pt"), "snapshot.pt")
+    left = sum(int(re.match(r"  left out (\d+)", line)[1]) for line in said.splitlines()[1:])
+    assert "random" not in said and said.startswith(f"{len(state) - left} of the {len(state)} tensors")
+    learned = {name: x for name, x in model.trained_state().items()}
+    assert sum(x.numel() for x in learned.values()) == 45_988_039
+    seen = {float(value) for x in learned.values() for value in x.flatten()[:1]}           # none came twice
+    assert len(seen) == len(state) - left and all((x == x.flatten()[0]).all() for x in learned.values())
 
 
 @pytest.mark.parametrize("changes", [dict(chunk=1), dict(chunk=2), dict(norm_pixels=False, copy_gate=True)])
@@ -1067,7 +1121,8 @@ def checkpoints(tabletop_data, tmp_path_factory):
     assert status == 0, text
     status, text = run(*training("finetune", tabletop_data / "demonstrations", out / "finetune"),
                        "--init", out / "pretrain")
-    assert status == 0 and all(part in text for part in ("fresh: embed_arm", "action_head", "trunk")), text
+    assert status == 0, text
+    assert all(part in text.split("until trained")[1] for part in ("embed_arm", "action_head", "trunk")), text
     return out
 
 
@@ -1087,6 +1142,37 @@ def test_finetuning_starts_from_pretraining(checkpoints, tabletop_data, tmp_path
         after = gr1.read_weights(tmp_path / fresh / "model.safetensors")
         assert set(before) < set(after)
         assert {name.split(".")[0] for name in before if not same(before[name], after[name])} == parts
+
+
+def test_scripts_read_the_authors_files(tmp_path, tabletop_data):
+    """Catches from_pretrained that works while the commands around it do not; a traceback for a bad file."""
+    path = golden_file(tmp_path / "snapshot.pt")[0]
+    sizes = dict(cameras=json.dumps(dict.fromkeys(CAMERAS, 32)), copy_gate=False, norm_pixels=True,
+                 vision_dim=24, resampler_depth=2, decoder_depth=2, decoder_heads=16)
+    data, out = tabletop_data / "demonstrations", tmp_path / "out"
+    command = lambda init, *more, **also: training("finetune", data, out, "--init", init, *more,
+                                                   **sizes, **also)
+    status, text = run(*command(path, "--fresh", "query_act", chunk=2))
+    assert status == 0 and "the authors' GR-1" in text, text
+    assert "left out 1 (action_queries.weight): to start fresh" in text
+    bad = tmp_path / "bad.pt"
+    for content, words in ((b"", "not a readable weights file"), (path.read_bytes()[:9000], "not a readable"),
+                           (pickle.dumps(Bomb(tmp_path / "bang")), "not a plain weights file")):
+        bad.write_bytes(content)
+        for script in "eval_calvin.py", "sample.py":
+            assert fails_in_one_line(script, "--checkpoint", bad, words=[words])
+        assert fails_in_one_line(*command(bad), words=[words])
+    assert not (tmp_path / "bang").exists()
+
+
+def test_benchmark_runs_and_compares_equals(capsys):
+    """Catches a benchmark of two things that do not compute the same, or one that breaks."""
+    gr1.bench(gr1.preset_config("tiny"), seconds=0.1)
+    lines = capsys.readouterr().out.splitlines()
+    assert float(re.search(r"outputs differ by (\S+)", lines[1])[1]) < 1e-5
+    names = [line[:54].strip() for line in lines[3:]]
+    assert "train, batch 2 [MiB at the peak]" in names and "act, batch 1, 1 thread [ms]" in names
+    assert all(float(line.split()[-1]) > 0 for line in lines[4:])         # lines[3]: may need no more memory
 
 
 def test_resume_equals_straight(tabletop_data, tmp_path, monkeypatch):

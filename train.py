@@ -63,7 +63,7 @@ class TrainConfig:
     final_lr: float = 0.01         # share of lr at the end
     beta2: float = 0.0             # 0: the preset's
     weight_decay: float = -1.0     # -1: the preset's
-    clip: float = 1.0              # gradient norm
+    clip_grad: float = 1.0         # gradient norm
     arm_weight: float = 100.0      # the official coefficients; the paper's are 1, 1, 1
     gripper_weight: float = 1.0
     video_weight: float = -1.0     # of each camera; -1: the preset's
@@ -73,9 +73,8 @@ class TrainConfig:
     precision: str = "auto"        # auto: bf16 on a GPU, fp32 on a CPU
     compile: bool = False
     workers: int = -1              # loader processes a process; -1: 4 on a GPU, 0 on a CPU
-    # the gr1 preset's frozen encoders: hub, none (random), or a file
-    vision_weights: str = "hub"
-    text_weights: str = ""         # "": hub, or none where --vision-weights is none
+    vision_weights: str = "hub"    # the gr1 preset's frozen MAE: hub, none (random) or a file
+    text_weights: str = ""         # its CLIP, likewise; "": hub, or none where --vision-weights is none
     # watching
     held_out: float = 0.02         # share of the episodes, where the data has no validation/
     log_every: int = 50
@@ -115,7 +114,8 @@ def parse(argv=None):
             parser.add_argument(flag, action="store_true", help=about)
         else:
             choices = dict(stage=["pretrain", "finetune"], precision=["auto", "bf16", "fp32"]).get(f.name)
-            parser.add_argument(flag, type=f.type, default=f.default, choices=choices, help=about)
+            short = dict(vision_weights=["--mae"], text_weights=["--clip"]).get(f.name, [])
+            parser.add_argument(flag, *short, type=f.type, default=f.default, choices=choices, help=about)
     for name, kind in MODEL_FLAGS.items():
         parser.add_argument(f"--{name}", type=kind, default=None, help="model setting; default: the preset's")
     parser.add_argument("--no-video", action="store_true", help="the paper's ablation without [OBS]")
@@ -316,42 +316,35 @@ def draw_sheet(out, pixels, config, count=8):
 def build(config, changes, world):
     """The model of the preset, from its checkpoint where the run starts from one."""
     model_config = gr1.preset_config(config.preset, config.stage, **changes)
+    found = config.stage == "finetune" and os.path.exists("out/pretrain/config.json")
+    fits = found and gr1.read_config("out/pretrain")["model"].get("preset") == model_config.preset
+    init = "none" if config.resume else config.init or ("out/pretrain" if fits else "none")
+    state = None if init == "none" else gr1.read_checkpoint(init)
+    if state:
+        gr1.checkpoint_kind(state, init, model_config)   # a wrong file is refused before encoders are fetched
     torch.manual_seed(config.seed)
     vision, text = gr1.build_encoders(model_config, config.vision_weights, config.text_weights)
     model = gr1.GR1(model_config, vision, text)
     model.trunk.unused_wte.requires_grad_(False)         # DDP would wait for its gradient
-    if config.resume:
-        return model.to(world.device)                    # its weights are in resume.pt
-    found = config.stage == "finetune" and os.path.exists("out/pretrain/config.json")
-    fits = found and gr1.read_config("out/pretrain")["model"].get("preset") == model_config.preset
-    init = config.init or ("out/pretrain" if fits else "none")
-    if init == "none":
+    if state:
+        start_from(state, init, model, config, world)
+    elif not config.resume:                              # its weights are in resume.pt
         world.print("init: fresh weights (--init CHECKPOINT starts from another run's)")
-    else:
-        start_from(init, model, config, world)
     return model.to(world.device)
 
 
-def start_from(init, model, config, world):
-    """Load checkpoint `init`, except for the parts that this stage adds or that --fresh names."""
+def start_from(state, init, model, config, world):
+    """Load the tensors of checkpoint `init`, but for the parts that this stage adds or that --fresh names."""
     names = {name.split(".")[0] for name in model.trained_state()}
-    anew = tuple(part for part in config.fresh.split(",") if part != "none")
-    for part in anew:
+    fresh = [part for part in config.fresh.split(",") if part != "none"]
+    for part in fresh:
         if part not in names:
             raise gr1.ModelError(f"--fresh {part}: no such part; there are {', '.join(sorted(names))}")
-    state = gr1.read_weights(os.path.join(init, "model.safetensors"))
-    state = {name: tensor for name, tensor in state.items() if name.split(".")[0] not in anew}
-    # finetuning has, and pre-training lacks, the robot and cameras other than the first
-    added = ["embed_arm", "embed_gripper", "embed_state", "query_act", "action_head", *anew]
-    added += [f"{part}.{camera}" for camera in list(model.config.cameras)[1:]
-              for part in ("embed_latents", "embed_cls", "query_obs") if part not in anew]
     try:
-        absent = model.load_trained(state, init, may_miss=added)
+        report = model.load_pretrained(state, init, fresh, gr1.finetuning_parts(model.config))
     except gr1.ModelError as error:
         raise gr1.ModelError(f"{error}; --init none starts fresh") from error
-    parts = [part for part in added if any(name.startswith(part) for name in absent)]
-    world.print(f"init: {len(state)} tensors from {init} (--init none starts without)"
-                + (f"; fresh: {', '.join(parts)}" if parts else ""))
+    world.print(f"init: {report}\n  (--init none starts without)")
 
 
 def learning_rate(step, config):
@@ -388,8 +381,8 @@ def load_resume(config, model, optimizer, world):
     free = {"resume", "out", "init", "fresh", "workers", "log_every", "eval_every", "eval_batches", "compile"}
     now = dataclasses.asdict(config) | dataclasses.asdict(model.config)
     for key, value in state["config"].items():
-        if key not in free and now[key] != value:
-            raise gr1.ModelError(f"{config.out} was started with {key} {value}, not {now[key]}: "
+        if key not in free and now.get(key) != value:
+            raise gr1.ModelError(f"{config.out} was started with {key} {value}, not {now.get(key)}: "
                                  "give the same, or another --out")
     model.load_trained(state["model"], path)
     optimizer.load_state_dict(state["optimizer"])
@@ -441,7 +434,7 @@ def train_step(step, net, optimizer, loader, config, model_config, world, autoca
                 parts = gr1.losses(out, batch, pixels, model_config, video_at)
             (weighted(parts, config) / config.accumulate).backward()
         named = {name: named.get(name, 0) + x.detach() / config.accumulate for name, x in parts.items()}
-    norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.clip)
+    norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.clip_grad)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return named, norm
