@@ -1214,6 +1214,9 @@ def test_two_processes_equal_one(tabletop_data, tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     assert "3 started, 2 train" in done.stdout and "2 x cpu" in done.stdout
     assert done.stdout.count("done:") == 1                    # one of them speaks
+    done = subprocess.run([*launch, *command("no", "--preset", "tinny")[1:]], capture_output=True, text=True)
+    assert done.returncode and "Traceback" not in done.stderr
+    assert done.stderr.count("did you mean 'tiny'?") == 1
     read = clips.Windows.__getitem__
 
     def by_turns(self, step):                                 # what both processes see, passed to one in turn

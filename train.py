@@ -51,7 +51,7 @@ class TrainConfig:
     out: str = ""                  # "": out/STAGE
     init: str = ""                 # start from this checkpoint; none: fresh; "": out/pretrain if it is there
     fresh: str = ""                # parts that start anew in spite of init, "a,b" or none; "": the preset's
-    seed: int = 0
+    seed: int = 0                  # of weights, windows and noise
     # length and size; an epoch is as many windows as the data has places for one
     batch: int = 0                 # windows a step, over all processes; 0: the preset's
     steps: int = 0                 # 0: the preset's steps or epochs
@@ -65,21 +65,21 @@ class TrainConfig:
     weight_decay: float = -1.0     # -1: the preset's
     clip_grad: float = 1.0         # gradient norm
     arm_weight: float = 100.0      # the official coefficients; the paper's are 1, 1, 1
-    gripper_weight: float = 1.0
+    gripper_weight: float = 1.0    # likewise
     video_weight: float = -1.0     # of each camera; -1: the preset's
     video_steps: int = -1          # timesteps of a window that foresee, at random; 0: all; -1: the preset's
     shift: float = -1.0            # random shift, share of the image side; -1: the preset's
     # the machine
     precision: str = "auto"        # auto: bf16 on a GPU, fp32 on a CPU
-    compile: bool = False
+    compile: bool = False          # torch.compile the model
     workers: int = -1              # loader processes a process; -1: 4 on a GPU, 0 on a CPU
     vision_weights: str = "hub"    # the gr1 preset's frozen MAE: hub, none (random) or a file
     text_weights: str = ""         # its CLIP, likewise; "": hub, or none where --vision-weights is none
     # watching
     held_out: float = 0.02         # share of the episodes, where the data has no validation/
-    log_every: int = 50
+    log_every: int = 50            # steps
     eval_every: int = 500          # held-out losses, sheet and checkpoint
-    eval_batches: int = 8
+    eval_batches: int = 8          # of at most 64 windows
     resume: bool = False           # go on with the run in --out
 
 
@@ -513,4 +513,6 @@ if __name__ == "__main__":
     try:
         main()
     except (clips.ClipsError, gr1.ModelError) as problem:
+        if int(os.environ.get("RANK", 0)):
+            time.sleep(5)                                # the first process says it, and torchrun ends all
         sys.exit(f"error: {str(problem).strip().splitlines()[-1]}")    # the last line of a loader's traceback
