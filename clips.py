@@ -242,7 +242,7 @@ def load_shard(directory, index):
 def load_meta(directory):
     """Return what DIR/meta.json holds; ClipsError, with what to do, if it is not there or not ours."""
     path = pathlib.Path(directory) / "meta.json"
-    makers = "tabletop.py and prepare_calvin.py make one"
+    makers = "tabletop.py and the prepare_*.py make one"
     if not path.parent.is_dir():
         raise ClipsError(f"{directory}: no such directory; it should be a data set: {makers}")
     if not path.exists() and any(path.parent.glob("*.npz")):
