@@ -8,7 +8,7 @@
     python train.py --stage pretrain --data data/ego4d
 
 Reads what Ego4D's own client writes:
-    ego4d.json                   the videos: durations, stereo, splits, redacted intervals
+    ego4d.json                   the videos: durations, stereo, splits, redacted intervals (or one folder up)
     annotations/narration.json   sentences with a time, from up to two annotators ("passes") a video
     video_540ss/UID.mp4          or another folder: --folder full_scale
 or a CSV file whose first line is video,start,text (start in seconds) and a folder with those videos.
@@ -131,7 +131,7 @@ def reading(path, advice):
     except OSError as error:
         raise clips.ClipsError(f"{path}: {error.strerror}. {advice}") from None
     except (AttributeError, KeyError, TypeError, ValueError, csv.Error) as error:
-        raise clips.ClipsError(f"{path} can't be used ({error!r}). {advice}") from None
+        raise clips.ClipsError(f"{path} can't be used ({type(error).__name__}: {error}). {advice}") from None
 
 
 def load_videos(path, folder, splits):
@@ -154,7 +154,8 @@ def load_narrations(path):
     with reading(path, ADVICE):
         content = json.loads(path.read_bytes(), object_hook=pair)
         if "videos" in content:
-            raise ValueError("the format is that of all_narrations_redacted.json; narration.json is needed")
+            raise clips.ClipsError(f"{path} has the format of all_narrations_redacted.json, not that of "
+                                   "narration.json, which is needed")
         return [Clip(uid, number, index, round(seconds - SPAN / 2, 6), str(text or ""))
                 for uid, video in content.items() for number in (1, 2)
                 for index, (seconds, text) in enumerate(
@@ -439,7 +440,7 @@ def report(out, jobs, dropped, wall):
                   bytes_a_frame=counts["bytes"] / counts["frames"],
                   core_hours=sum(log["seconds"] for log in logs) / 3600, wall_hours_of_last_run=wall / 3600,
                   dropped=rules, lost=[dict(zip(("video", "reason", "clips"), each)) for each in lost],
-                  no_file=sorted(uid for reason, uid in dropped if reason == "no video file"))
+                  no_file={uid: count for (why, uid), count in dropped.items() if why == "no video file"})
     clips.write_whole(out / "report.json", json.dumps(result, indent=1).encode())
     print("packed {packed:,} of {listed:,} clips: {hours:.4g} hours, {gigabytes:.4g} GB, "
           "{bytes_a_frame:,.0f} bytes a frame, {core_hours:.4g} core-hours".format(**result))
@@ -493,7 +494,9 @@ def choose_clips(args):
                   for uid in {clip.uid for clip in candidates}}
     else:
         candidates, rules = load_narrations(args.dataset / "annotations" / "narration.json"), RULES
-        videos = load_videos(args.dataset / "ego4d.json", args.dataset / args.folder, args.exclude_splits)
+        above = args.dataset.resolve().parent / "ego4d.json"           # there some clients put it
+        path = above if above.exists() else args.dataset / "ego4d.json"
+        videos = load_videos(path, args.dataset / args.folder, args.exclude_splits)
     fit = list(choose(candidates, videos, rules, dropped))
     chosen = draw(fit, args.clips, args.seed)
     print(f"{len(candidates):,} sentences, of which {len(fit):,} fit and {len(chosen):,} are taken. Dropped:")

@@ -3,7 +3,7 @@ The tests: `python -m pytest test_model.py`. CPU, no network, about two minutes 
 
 Each docstring names the bug that its test would catch. In order: helpers, model.py, clips.py, tabletop.py and
 the scripts, README. Reads fixtures/official_small.npz: inputs, weights and outputs of the official model
-(bytedance/GR-1) at a small size.
+(bytedance/GR-1) at a small size; and, if it is there, ../shared/data/ego4d_mini, real videos in Ego4D's layout.
 """
 import collections
 import contextlib
@@ -1146,6 +1146,9 @@ def test_ego4d_resumes(ego4d_raw, tmp_path, monkeypatch):
     for flags, words in ((["--clips", 9], ["clips 30, now 9", "--clip-list"]), (["--crop"], ["crop"]),
                          ([], ["shard 7, now 256"])):
         assert fails_in_one_line("prepare_ego4d.py", ego4d_raw, straight, *flags, words=words)
+    pack_ego4d(ego4d_raw, tmp_path / "some", "--clips", 20, "--workers", 1)
+    with pytest.raises(SystemExit, match="crc32"):                     # as many others
+        pack_ego4d(ego4d_raw, tmp_path / "some", "--clips", 20, "--workers", 1, "--seed", 1)
     assert prepare_ego4d.verify(straight, deep=False) == []
     (straight / "00001.json").write_text('{"lost": [["x2", "why", 1]]}')
     assert "shard 00001 has 10 clips and lost 1" in " ".join(prepare_ego4d.verify(straight, deep=False))
@@ -1200,8 +1203,8 @@ def test_ego4d_bad_videos_cost_their_own_clips(tmp_path):
         assert report["packed"] == len(data) == report["listed"] - sum(count for count, _ in lost.values())
         assert all(f"lost {count} clips of {name}: {why}" in text for name, (count, why) in lost.items())
         assert run("prepare_ego4d.py", tmp_path / out, "--verify", "--deep")[0] == 0
-    assert lost["missing"] == (5, "can't be opened: No such file or directory") and report["no_file"] == []
-    assert json.loads((tmp_path / "out/report.json").read_text())["no_file"] == ["missing"]
+    assert lost["missing"] == (5, "can't be opened: No such file or directory") and report["no_file"] == {}
+    assert json.loads((tmp_path / "out/report.json").read_text())["no_file"] == dict(missing=5)
 
 
 def test_anybodys_videos(tmp_path):
@@ -1236,13 +1239,13 @@ def test_ego4d_user_errors(ego4d_raw, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     narrations, videos = raw / "annotations/narration.json", raw / "ego4d.json"
     fails = lambda *arguments, words: fails_in_one_line("prepare_ego4d.py", *arguments, words=words)
-    other_format = json.dumps(dict(videos=dict(x0=dict(narrations=[dict(time=2, text="#C C opens it")]))))
-    for path, content in ((narrations, other_format), (narrations, '{"x0": '), (narrations, "[]"),
+    other = json.dumps(dict(videos=dict(x0=dict(narrations=[dict(time=2, text="#C C opens it")]))))
+    for path, content in ((narrations, other), (narrations, '{"x0": '), (narrations, "[]"),
                           (narrations, '{"x0": [1]}'), (narrations, None), (videos, "[]"), (videos, None),
                           (videos, '{"videos": [{"video_uid": "x0"}]}')):
         before = path.read_text()
         path.unlink() if content is None else path.write_text(content)
-        assert fails(raw, out, words=[str(path), "DATASET"]), content
+        assert fails(raw, out, words=[str(path), "needed" if content == other else "DATASET"]), content
         path.write_text(before)
     good = '{"uid": "x0", "pass": 1, "index": 0, "start": %s, "text": "opens it"}'
     for line in "{", "[]", '{"uid": "x0"}', good % '"soon"', good % "NaN", good.replace('"x0"', "0") % 1:
@@ -1263,6 +1266,7 @@ def test_ego4d_user_errors(ego4d_raw, tmp_path, monkeypatch):
             ([raw, out, "--folderr", 1], ["did you mean --folder?"])):
         assert fails(*arguments, words=words), arguments
     assert not out.exists()
+    videos.rename(tmp_path / videos.name)              # one folder up is fine, too
     full = OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(clips.ShardWriter, "add", mock.Mock(side_effect=full))
     assert fails(raw, out, "--workers", 1, words=["out", "No space left", "goes on"])
