@@ -401,6 +401,17 @@ def load_log(job):
         return json.loads(log_path(job).read_bytes())
 
 
+def print_dropped(dropped):
+    """Print, and return, how many sentences each rule has dropped; dropped: what `choose` counted."""
+    rules = collections.Counter()
+    for (reason, _), count in dropped.items():
+        rules[reason] += count
+    for reason in RULES:
+        if rules[reason]:
+            print(f"{rules[reason]:11,} dropped: {reason}")
+    return rules
+
+
 def print_lost(lost, most=20):
     for uid, reason, count in lost[:most]:
         print(f"  lost {count} clips of {uid}: {reason}")
@@ -429,17 +440,15 @@ def estimate(args, chosen, n_videos=8, n_clips=10):
 
 
 def report(out, jobs, dropped, wall):
-    """Write report.json and print it in short; dropped: what `choose` counted."""
+    """Write report.json and print it in short."""
     logs, counts = [load_log(job) for job in jobs], clips.load_meta(out)["counts"]
     lost = [each for log in logs for each in log["lost"]]
-    rules = collections.Counter()
-    for (reason, _), count in dropped.items():
-        rules[reason] += count
     result = dict(listed=sum(len(job.part) for job in jobs), packed=counts["clips"],
                   hours=counts["clips"] * SPAN / 3600, gigabytes=counts["bytes"] / 1e9,
                   bytes_a_frame=counts["bytes"] / counts["frames"],
                   core_hours=sum(log["seconds"] for log in logs) / 3600, wall_hours_of_last_run=wall / 3600,
-                  dropped=rules, lost=[dict(zip(("video", "reason", "clips"), each)) for each in lost],
+                  lost=[dict(zip(("video", "reason", "clips"), each)) for each in lost],
+                  dropped=print_dropped(dropped),
                   no_file={uid: count for (why, uid), count in dropped.items() if why == "no video file"})
     clips.write_whole(out / "report.json", json.dumps(result, indent=1).encode())
     print("packed {packed:,} of {listed:,} clips: {hours:.4g} hours, {gigabytes:.4g} GB, "
@@ -499,9 +508,7 @@ def choose_clips(args):
         videos = load_videos(path, args.dataset / args.folder, args.exclude_splits)
     fit = list(choose(candidates, videos, rules, dropped))
     chosen = draw(fit, args.clips, args.seed)
-    print(f"{len(candidates):,} sentences, of which {len(fit):,} fit and {len(chosen):,} are taken. Dropped:")
-    for reason in rules:
-        print(f"{sum(count for (why, _), count in dropped.items() if why == reason):11,}  {reason}")
+    print(f"{len(candidates):,} sentences, of which {len(fit):,} fit and {len(chosen):,} are taken")
     return chosen, dropped
 
 
@@ -559,6 +566,8 @@ def main():
             print("\n".join(problems or [*clips.summary(args.out), "nothing is wrong with it"]))
             sys.exit(bool(problems))
         chosen, dropped = choose_clips(args)
+        if args.estimate or not chosen:                # a packed set's report tells this at its end
+            print_dropped(dropped)
         if not chosen:
             raise clips.ClipsError("no clip is left to pack")
         estimate(args, chosen) if args.estimate else pack(args, chosen, dropped)

@@ -1127,6 +1127,7 @@ def test_ego4d_resumes(ego4d_raw, tmp_path, monkeypatch):
     straight, read = tmp_path / "straight", prepare_ego4d.read_clips
     pack_ego4d(ego4d_raw, straight, "--workers", 1)
     assert len(contents(straight)) == 3 * 2 + 1
+    assert clips.Clips(straight).episodes.tolist() == [i // 5 for i in range(30)]
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(prepare_ego4d, "read_clips",
                       lambda path, *rest: 1 / 0 if path.stem == "x3" else read(path, *rest))
@@ -1285,7 +1286,7 @@ def test_ego4d_real_video(tmp_path):
         "arranges the yellow blocks in a row"]
     status, text = run("prepare_ego4d.py", EGO4D_MINI, tmp_path / "train", "--exclude-splits", "val,test",
                        "--workers", 1)
-    assert status == 0 and "4  video in an excluded split" in text and "packed 7 of 7" in text, text
+    assert status == 0 and "4 dropped: video in an excluded split" in text and "packed 7 of 7" in text, text
 
 
 # ------------------------------------------------------------------------------------------ tabletop.py
