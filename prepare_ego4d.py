@@ -46,6 +46,7 @@ from concurrent.futures.process import BrokenProcessPool
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
@@ -57,6 +58,7 @@ SHARD = 256                                            # clips at least: 50 MB, 
 NEAR = 2                                               # s; to get over a shorter gap, decode on: don't seek
 # swscale's AREA | FULL_CHR_H_INT | ACCURATE_RND: AREA alone comes out two gray levels too dark.
 SCALING = 0x20 | 0x2000 | 0x40000
+SCALER = VideoReformatter()                            # one for all: frame.reformat sets up one a frame
 WEARER = re.compile(r"\s*#\s*C\s*C\s+", re.IGNORECASE)                 # also written "# C C", "#c C", "#CC"
 
 Clip = collections.namedtuple("Clip", "uid pass_number index start text")     # start [s] of its first frame
@@ -267,7 +269,7 @@ def to_picture(frame, crop):
     """uint8 (SIZE, SIZE, 3), upright: the frame squashed, as the authors did, or its central square."""
     sides, short = (frame.width, frame.height), min(frame.width, frame.height)
     width, height = (round(SIZE * side / short) if crop else SIZE for side in sides)
-    image = frame.reformat(width, height, "rgb24", interpolation=SCALING, threads=1).to_ndarray()
+    image = SCALER.reformat(frame, width, height, "rgb24", interpolation=SCALING, threads=1).to_ndarray()
     top, left = (height - SIZE) // 2, (width - SIZE) // 2
     return np.rot90(image[top:top + SIZE, left:left + SIZE], round(frame.rotation / 90))    # counterclockwise
 
