@@ -138,15 +138,29 @@ def reading(path, advice):
 
 def load_videos(path, folder, splits):
     """Return {uid: Video} of ego4d.json; excluded: those that any benchmark has in one of the `splits`."""
+    videos = {}
     with reading(folder, ADVICE):
         there = set(os.listdir(folder))
     with reading(path, ADVICE):
-        return {video["video_uid"]: Video(
-            duration=float(video["duration_sec"] or 0), stereo=bool(video["is_stereo"]),
-            redacted=[(float(part["start_sec"]), float(part["end_sec"]))
-                      for part in video["redacted_intervals"] or []],
-            excluded=not splits.isdisjoint(video[f"split_{name}"] for name in ("em", "av", "fho")),
-            there=f"{video['video_uid']}.mp4" in there) for video in json.loads(path.read_bytes())["videos"]}
+        for about in json.loads(path.read_bytes())["videos"]:
+            uid = about["video_uid"]
+            with reading(f"{path}, video {uid}", ADVICE):
+                videos[uid] = Video(float(about["duration_sec"] or 0), bool(about["is_stereo"]),
+                                    [(float(interval["start_sec"]), float(interval["end_sec"]))
+                                     for interval in about["redacted_intervals"] or []],
+                                    is_excluded(about, splits), f"{uid}.mp4" in there)
+    return videos
+
+
+def is_excluded(about, splits):
+    """True if a benchmark has the video, as ego4d.json describes it, in one of the splits.
+
+    A benchmark's value is "multi" where some of the video's clips are in one split, some in another.
+    """
+    found = [value for key, value in about.items() if key.startswith("split_")]    # em, av, fho, goalstep ...
+    if splits and not found:
+        raise ValueError("without a key split_..., --exclude-splits can't be obeyed")
+    return not splits.isdisjoint(found) or "multi" in found and not splits.isdisjoint(("val", "test"))
 
 
 def load_narrations(path):
@@ -505,8 +519,9 @@ def choose_clips(args):
                   for uid in {clip.uid for clip in candidates}}
     else:
         candidates, rules = load_narrations(args.dataset / "annotations" / "narration.json"), RULES
-        above = args.dataset.resolve().parent / "ego4d.json"           # there some clients put it
-        path = above if above.exists() else args.dataset / "ego4d.json"
+        above, path = args.dataset.resolve().parent / "ego4d.json", args.dataset / "ego4d.json"
+        path = above if above.exists() and not path.exists() else path         # some clients put it there
+        print(f"what is known of the videos: {path}")
         videos = load_videos(path, args.dataset / args.folder, args.exclude_splits)
     fit = list(choose(candidates, videos, rules, dropped))
     chosen = draw(fit, args.clips, args.seed)

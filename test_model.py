@@ -1050,6 +1050,24 @@ def test_ego4d_rules():
     assert verdict(video=None) == "video not in ego4d.json"
 
 
+def test_ego4d_splits(tmp_path):
+    """Catches a model pre-trained on what some benchmark tests on; ego4d.json of another download."""
+    made = lambda **splits: dict(video_uid="-".join(splits.values()), duration_sec=9, is_stereo=False,
+                                 redacted_intervals=None, **{f"split_{k}": v or None for k, v in splits.items()})
+    videos = [made(em="train", fho=""), made(em="", goalstep="val"), made(av="train", fho="multi"),
+              made(new="test")]
+    path = tmp_path / "ego4d.json"
+    path.write_text(json.dumps(dict(videos=videos)))
+    for splits, excluded in (("val", ["-val", "train-multi"]), ("test", ["train-multi", "test"]), ("", []),
+                             ("train", ["train-", "train-multi"]), ("multi", ["train-multi"])):
+        found = prepare_ego4d.load_videos(path, tmp_path, {splits} - {""})
+        assert [uid for uid, video in found.items() if video.excluded] == excluded, splits
+    raw = make_ego4d(tmp_path / "v2", dict(x=DOES))
+    path.write_text(json.dumps(dict(videos=[])))
+    status, text = run("prepare_ego4d.py", raw, tmp_path / "out", "--workers", 1)
+    assert status == 0 and f"{raw / 'ego4d.json'}\n" in text and "packed 5 of 5" in text, text
+
+
 def test_ego4d_draw():
     """Catches a choice that another machine, another order of the file or a missing video would change."""
     fit = [prepare_ego4d.Clip(uid, 1, i, i / 2, "opens it") for uid in "abcde" for i in range(100)]
@@ -1252,6 +1270,12 @@ def test_ego4d_user_errors(ego4d_raw, tmp_path, monkeypatch):
     for line in "{", "[]", '{"uid": "x0"}', good % '"soon"', good % "NaN", good.replace('"x0"', "0") % 1:
         broken.write_text(good % 0 + "\n" + line)
         assert fails(raw, out, "--clip-list", broken, words=["line 2", "pass"]), line
+    before = videos.read_text()
+    content = json.loads(before)
+    content["videos"][3] = {key: value for key, value in content["videos"][3].items() if "split" not in key}
+    videos.write_text(json.dumps(content))
+    assert fails(raw, out, "--exclude-splits", "val", words=["video x3", "split_", "--exclude-splits"])
+    videos.write_text(before)
     for arguments, words in (
             ([raw / "nowhere", out], ["nowhere", "DATASET"]), ([raw, tmp_path / "file"], ["file"]),
             ([raw, out, "--folder", "full_scale"], ["full_scale", "--folder"]),
