@@ -59,7 +59,7 @@ NEAR = 2                                               # s; to get over a shorte
 # swscale's AREA | FULL_CHR_H_INT | ACCURATE_RND: AREA alone comes out two gray levels too dark.
 SCALING = 0x20 | 0x2000 | 0x40000
 SCALER = VideoReformatter()                            # one for all: frame.reformat sets up one a frame
-WEARER = re.compile(r"\s*#\s*C\s*C\s+", re.IGNORECASE)                 # also written "# C C", "#c C", "#CC"
+WEARER = re.compile(r"\A\s*#\s*C\s*C\s+", re.IGNORECASE)               # also written "# C C", "#c C", "#CC"
 
 Clip = collections.namedtuple("Clip", "uid pass_number index start text")     # start [s] of its first frame
 Video = collections.namedtuple("Video", "duration stereo redacted excluded there")
@@ -70,14 +70,15 @@ Job = collections.namedtuple("Job", "index episode part out folder suffix crop")
 
 def clean(text):
     """The sentence as a person would write it: without its tag, stray blanks and the dot at the end."""
-    text = " ".join(WEARER.sub("", text, count=1).split())
-    return re.sub(r"\s+([,.;])", r"\1", text).strip(" .,;_")
+    text = " ".join(WEARER.sub("", text).split())
+    text = re.sub(r"\s+([,.;])(?!\w)", r"\1", text)                    # but not in "adds .5 litre"
+    return re.sub(r"\A([ ,;_]|\.(?!\d))+|[ .,;_]+\Z", "", text)
 
 
 # A rule says of (clip, its video) whether to drop it, its key says why. The first that does is counted.
 RULES = {
     "not an action of the wearer (#C C)": lambda clip, video: not WEARER.match(clip.text),
-    "unsure, or another tag inside": lambda clip, video: "#" in WEARER.sub("", clip.text, count=1),
+    "unsure, or another tag inside": lambda clip, video: "#" in WEARER.sub("", clip.text),
     "fewer than two words": lambda clip, video: len(clean(clip.text).split()) < 2,
     "video not in ego4d.json": lambda clip, video: video is None,
     "not all of its 3 s inside the video": lambda clip, video: not 0 <= clip.start <= video.duration - SPAN,
@@ -166,16 +167,26 @@ def is_excluded(about, splits):
 def load_narrations(path):
     """Return the narrations of narration.json as Clips, the narrated moment in the middle of their 3 s."""
     # Reduced while parsed: 3.85 million dicts would take gigabytes.
-    pair = lambda item: (item["timestamp_sec"], item["narration_text"]) if "narration_text" in item else item
+    pair = lambda item: (
+        (item.get("timestamp_sec"), item["narration_text"]) if "narration_text" in item else item)
+    found = []
     with reading(path, ADVICE):
         content = json.loads(path.read_bytes(), object_hook=pair)
         if "videos" in content:
             raise clips.ClipsError(f"{path} has the format of all_narrations_redacted.json, not that of "
                                    "narration.json, which is needed")
-        return [Clip(uid, number, index, round(seconds - SPAN / 2, 6), str(text or ""))
-                for uid, video in content.items() for number in (1, 2)
-                for index, (seconds, text) in enumerate(
-                    (video.get(f"narration_pass_{number}") or {}).get("narrations") or [])]
+        for (uid, video), number in itertools.product(content.items(), (1, 2)):
+            with reading(f"{path}, video {uid}, pass {number}", ADVICE):
+                told = (video.get(f"narration_pass_{number}") or {}).get("narrations") or []
+                for index, (seconds, text) in enumerate(told):
+                    middle = math.nan if seconds is None else seconds          # which is inside no video
+                    found.append(Clip(uid, number, index, round(middle - SPAN / 2, 6), encodable(text or "")))
+    return found
+
+
+def encodable(text):
+    """The text with a question mark for what UTF-8 can't write: half of a character beyond U+FFFF."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def load_captions(path):
@@ -193,7 +204,7 @@ def load_list(path):
     """Return the Clips of a clips.jsonl, by video and time."""
     found = []
     with reading(path, LINE):
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")       # JSON's only line end
     for number, line in enumerate(lines, 1):
         with reading(f"{path}, line {number}", LINE):
             item = json.loads(line)
@@ -202,12 +213,14 @@ def load_list(path):
 
 
 def checked(clip):
-    """Return a clip that a person may have written; ValueError if one of its parts can't be."""
+    """Return a clip that a person may have written; TypeError or ValueError if one of its parts can't be."""
     for value, kind in zip(clip, (str, int, int, (int, float), str)):
         if not isinstance(value, kind):
-            raise ValueError(f"{value!r} is of the wrong kind")
-    if not math.isfinite(clip.start):
-        raise ValueError(f"start {clip.start} is no time")
+            raise TypeError(f"{value!r} is of the wrong kind")
+        if isinstance(value, str):
+            value.encode()                             # UnicodeEncodeError, a ValueError
+    if not abs(clip.start) < 1e6:                      # s: twelve days; NaN, too
+        raise ValueError(f"start {clip.start} is no time in a video")
     return clip
 
 

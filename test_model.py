@@ -1012,6 +1012,10 @@ SENTENCES = {
     "#CC  puts\n the T block , beside the M block . ": "puts the T block, beside the M block",
     "#C C moves the cup_": "moves the cup",
     "#C C picks 2.5 kg, doesn't say \"ok\"": "picks 2.5 kg, doesn't say \"ok\"",
+    "#C C adds .5 litre , then 1.5 .": "adds .5 litre, then 1.5",
+    "#C C .5 kg is weighed": ".5 kg is weighed",
+    "#C C writes down\ud83d": "writes down?",
+    "#C C writes #cc on it": "unsure, or another tag inside",
     "#C C moves a #unsure with her hand": "unsure, or another tag inside",
     "#C C looks around #Unsure": "unsure, or another tag inside",
     "#C C opens it #O man X sits": "unsure, or another tag inside",
@@ -1031,13 +1035,14 @@ def test_ego4d_rules():
     good = prepare_ego4d.Video(10.0, False, [(7.0, 7.5)], False, True)
 
     def verdict(text="#C C opens a door", start=1.0, video=good):
-        dropped, clip = collections.Counter(), prepare_ego4d.Clip("x", 1, 0, start, text)
+        dropped, clip = collections.Counter(), prepare_ego4d.Clip("x", 1, 0, start, prepare_ego4d.encodable(text))
         kept = list(prepare_ego4d.choose([clip], dict(x=video), prepare_ego4d.RULES, dropped))
         (found, _), = dropped or [(kept[0].text, "x")]
         assert len(kept) + dropped.total() == 1
         return found
 
     assert {text: verdict(text) for text in SENTENCES} == SENTENCES
+    assert prepare_ego4d.clean("adds .5 ml of glue #cc 3 .") == "adds .5 ml of glue #cc 3"
     for start, found in ((0.0, "opens a door"), (-0.001, "inside"), (3.999, "opens a door"),
                          (4.0, "redacted"), (7.0, "redacted"), (7.001, "inside"), (math.nan, "inside")):
         assert found in verdict(start=start), start
@@ -1066,6 +1071,18 @@ def test_ego4d_splits(tmp_path):
     path.write_text(json.dumps(dict(videos=[])))
     status, text = run("prepare_ego4d.py", raw, tmp_path / "out", "--workers", 1)
     assert status == 0 and f"{raw / 'ego4d.json'}\n" in text and "packed 5 of 5" in text, text
+
+
+def test_ego4d_narrations_that_say_too_little(tmp_path):
+    """Catches a null or an odd character in one narration of four million that ends the run."""
+    raw = make_ego4d(tmp_path / "v2", dict(x=[(None, "#C C opens it"), (2, None), (3, "#C C writes \ud83d\ude00 "),
+                                              (4, "#C C writes \udc00, \u2028 \x85")]))
+    status, text = run("prepare_ego4d.py", raw, tmp_path / "out", "--workers", 1)
+    assert status == 0 and "1 dropped: not all of its 3 s" in text and "packed 2 of 2" in text, text
+    assert clips.Clips(tmp_path / "out").sentences == ["writes \U0001f600", "writes ?"]
+    line = '{"uid": "x", "pass": 1, "index": 0, "start": 0, "text": "one\u2028two"}\n'
+    (tmp_path / "list").write_text(line, encoding="utf-8")
+    assert prepare_ego4d.load_list(tmp_path / "list")[0].text == "one\u2028two"
 
 
 def test_ego4d_draw():
@@ -1244,6 +1261,7 @@ def test_anybodys_videos(tmp_path):
     status, text = run(*start, "--estimate")
     assert status == 0 and "core-hours" in text and "all 4 clips of 2 videos" in text, text
     for content, words in ((b"video,start,text\na.mp4,soon,opens it\n", ["row 1", "soon"]),
+                           (b"video,start,text\na.mp4,1,opens it\na.mp4,1e30,opens it\n", ["row 2", "1e+30"]),
                            (b"video,text\na.mp4,opens it\n", ["row 1", "start"]),
                            (b"video,start,text\na.mp4,1\n", ["row 1", "video,start,text"]),
                            (b"video,start,text\n", ["no clip"]), (b"\xff\xfe\0", [captions.name])):
@@ -1259,16 +1277,21 @@ def test_ego4d_user_errors(ego4d_raw, tmp_path, monkeypatch):
     narrations, videos = raw / "annotations/narration.json", raw / "ego4d.json"
     fails = lambda *arguments, words: fails_in_one_line("prepare_ego4d.py", *arguments, words=words)
     other = json.dumps(dict(videos=dict(x0=dict(narrations=[dict(time=2, text="#C C opens it")]))))
+    odd = json.dumps(dict(x0=dict(narration_pass_1=dict(narrations=[
+        dict(timestamp_sec="soon", narration_text="#C C opens it")]))))
     for path, content in ((narrations, other), (narrations, '{"x0": '), (narrations, "[]"),
-                          (narrations, '{"x0": [1]}'), (narrations, None), (videos, "[]"), (videos, None),
+                          (narrations, '{"x0": [1]}'), (narrations, odd), (narrations, None), (videos, "[]"), (videos, None),
                           (videos, '{"videos": [{"video_uid": "x0"}]}')):
         before = path.read_text()
         path.unlink() if content is None else path.write_text(content)
-        assert fails(raw, out, words=[str(path), "needed" if content == other else "DATASET"]), content
+        assert fails(raw, out, words=[str(path), "needed" if content == other else "DATASET",
+                                    "x0" if content == odd else ""]), content
         path.write_text(before)
     good = '{"uid": "x0", "pass": 1, "index": 0, "start": %s, "text": "opens it"}'
-    for line in "{", "[]", '{"uid": "x0"}', good % '"soon"', good % "NaN", good.replace('"x0"', "0") % 1:
-        broken.write_text(good % 0 + "\n" + line)
+    for line in ("{", "[]", '{"uid": "x0"}', good % '"soon"', good % "NaN", good % "1e30", "",
+                 good.replace("x0", r"\ud800") % 1, good.replace("opens", r"\udfff") % 1,
+                 good.replace('"x0"', "0") % 1):
+        broken.write_text(good % 0 + "\n" + line + "\n")
         assert fails(raw, out, "--clip-list", broken, words=["line 2", "pass"]), line
     before = videos.read_text()
     content = json.loads(before)
