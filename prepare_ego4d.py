@@ -25,6 +25,7 @@ import collections
 import concurrent.futures
 import contextlib
 import csv
+import errno
 import hashlib
 import io
 import itertools
@@ -307,6 +308,7 @@ def read_clips(path, part, crop):
     try:
         reader = Reader(path)
     except (av.FFmpegError, OSError, ValueError) as error:
+        raise_if_passing(error, path)
         yield from ((clip, f"can't be opened: {explain(error)}") for clip in part)
         return
     pictures = {i: [] for i in range(len(part))}       # of clips that have not got all of them yet
@@ -317,11 +319,26 @@ def read_clips(path, part, crop):
                 if i in pictures:
                     pictures[i].append(to_picture(reader.nearest(seconds), crop))
             except (av.FFmpegError, ValueError) as error:
+                raise_if_passing(error, path)
                 reader.forget()
                 del pictures[i]
                 yield part[i], f"can't be decoded: {explain(error)}"
             if len(pictures.get(i, ())) == FRAMES:
                 yield part[i], np.stack(pictures.pop(i))
+
+
+def raise_if_passing(error, path):
+    """Raise OSError if the machine failed, not the video: clips lost to that would stay lost.
+
+    FFmpeg says EIO and ENOMEM of some damaged files, too. Then others can read them.
+    """
+    number = getattr(error, "errno", None)
+    if isinstance(error, av.FFmpegError) and number in (errno.EIO, errno.ENOMEM):
+        with open(path, "rb", buffering=0) as file:
+            while file.read(2 ** 26):                  # 64 MB, which must be there
+                pass
+    elif number in (errno.EIO, errno.ENOMEM, errno.ESTALE, errno.EMFILE, errno.ENFILE):
+        raise OSError(number, os.strerror(number), str(path)) from None
 
 
 # ------------------------------------------------------------------------------------ packing
@@ -344,6 +361,7 @@ def make_jobs(chosen, **options):
 def pack_shard(job):
     """Write one shard, its log first; return how many clips that settles, packed or lost."""
     begin, lost = time.process_time(), collections.Counter()
+    check_folder(job.folder)                           # again: its disk may have gone
     with clips.ShardWriter(job.out, job.index, ["rgb_static"], subsampling="420") as writer:
         for episode, (uid, part) in enumerate(by_video(job.part), job.episode):
             for clip, found in read_clips(job.folder / f"{uid}{job.suffix}", part, job.crop):
@@ -355,6 +373,11 @@ def pack_shard(job):
                    bytes=writer.offsets[-1], lost=[(*key, count) for key, count in lost.items()])
         clips.write_whole(log_path(job), json.dumps(log).encode())
     return len(job.part)
+
+
+def check_folder(folder):
+    if not folder.is_dir():                            # else each of its videos would count as lost
+        raise clips.ClipsError(f"{folder}: no such folder; the videos are in DATASET/--folder, or --videos")
 
 
 def begin_worker():
@@ -393,7 +416,12 @@ def pack(args, chosen, dropped):
     clips.write_whole(args.out / "clips.jsonl", lines)
     jobs = make_jobs(chosen, **options_of(args))
     pack_part(jobs[number - 1::parts], args.out, args.workers)
-    print_lost([each for job in jobs[number - 1::parts] for each in load_log(job)["lost"]])
+    lost = {job.index: load_log(job)["lost"] for job in jobs[number - 1::parts]}
+    print_lost([each for some in lost.values() for each in some])
+    again = [f"{index:05d}.npz" for index, some in lost.items() if some]
+    if again:
+        print(f"  to try them again: in {args.out} delete {' '.join(again[:20])}{' ...' * (len(again) > 20)} "
+              "and run the same command")
     missing = sum(not clips.shard_is_done(args.out, job.index) for job in jobs)
     if missing:
         print(f"part {number}/{parts} is done; {missing} of {len(jobs)} shards are left to the other parts")
@@ -595,6 +623,7 @@ def main():
             problems = verify(args.out, args.deep)
             print("\n".join(problems or [*clips.summary(args.out), "nothing is wrong with it"]))
             sys.exit(bool(problems))
+        check_folder(args.videos or args.dataset / args.folder)
         chosen, dropped = choose_clips(args)
         if args.estimate or not chosen:                # a packed set's report tells this at its end
             print_dropped(dropped)
@@ -603,6 +632,8 @@ def main():
         estimate(args, chosen) if args.estimate else pack(args, chosen, dropped)
     except clips.ClipsError as error:
         sys.exit(f"prepare_ego4d.py: {error}")
+    except MemoryError:
+        sys.exit("prepare_ego4d.py: out of memory; take fewer --workers: the same command goes on where it was")
     except OSError as error:                           # OUT can't be written, the disk is full
         sys.exit(f"prepare_ego4d.py: {error.filename or args.out}: {error.strerror}; mend that, and the same "
                  "command goes on where it was")

@@ -1238,9 +1238,45 @@ def test_ego4d_bad_videos_cost_their_own_clips(tmp_path):
         assert all(lost[name][1].startswith("can't be decoded: ") for name in ("cut", "damaged"))
         assert report["packed"] == len(data) == report["listed"] - sum(count for count, _ in lost.values())
         assert all(f"lost {count} clips of {name}: {why}" in text for name, (count, why) in lost.items())
+        assert f"in {tmp_path / out} delete 00000.npz and run the same command" in text
         assert run("prepare_ego4d.py", tmp_path / out, "--verify", "--deep")[0] == 0
     assert lost["missing"] == (5, "can't be opened: No such file or directory") and report["no_file"] == {}
     assert json.loads((tmp_path / "out/report.json").read_text())["no_file"] == dict(missing=5)
+
+
+def test_ego4d_passing_failures_lose_nothing(ego4d_raw, tmp_path, monkeypatch):
+    """Catches a network disk that fails for a second, or is not there, and costs clips for good."""
+    read, out, full = prepare_ego4d.Reader.nearest, tmp_path / "out", tmp_path / "all"
+    video = ego4d_raw / "video_540ss/x1.mp4"
+    for kind in OSError, av.error.OSError:             # Python's and FFmpeg's
+        for name in "ESTALE", "EMFILE", "ENFILE", "EIO":
+            error = kind(getattr(errno, name), "as the disk says", str(video))
+            with monkeypatch.context() as patch, pytest.raises(SystemExit, match="mp4: .*goes on"):
+                patch.setattr(prepare_ego4d.Reader, "nearest", mock.Mock(side_effect=error))
+                if kind is OSError or name != "EIO":
+                    patch.setattr(prepare_ego4d.Reader, "__init__", mock.Mock(side_effect=error))
+                else:                                  # can't be read by others either
+                    patch.setattr(prepare_ego4d, "open", mock.Mock(side_effect=OSError(
+                        errno.EIO, "Input/output error", str(video))), raising=False)
+                pack_ego4d(ego4d_raw, out, "--workers", 1)
+            assert not list(out.glob("*.npz"))
+    pack_ego4d(ego4d_raw, full, "--workers", 1)
+    for name in "EIO", "ENOMEM":                       # of a file that is only damaged
+        kind = av.error.MemoryError if name == "ENOMEM" else av.error.OSError
+        error = kind(getattr(errno, name), "as FFmpeg says", "")
+        nearest = lambda self, seconds: read(self, seconds) if seconds < 4.5 else mock.Mock(side_effect=error)()
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare_ego4d.Reader, "nearest", nearest)
+            pack_ego4d(ego4d_raw, out, "--workers", 1)
+        assert len(clips.Clips(out)) < 30 and "as FFmpeg says" in (out / "report.json").read_text()
+        (out / "00000.npz").unlink()                   # what the run says to do
+    pack_ego4d(ego4d_raw, out, "--workers", 1)
+    assert contents(out) == contents(full)
+    (tmp_path / "captions.csv").write_text("video,start,text\nx.mp4,1,opens it\n")
+    for flags in ([ego4d_raw, tmp_path / "new", "--folder", "none", "--clip-list", out / "clips.jsonl"],
+                  [tmp_path / "new", "--videos", tmp_path / "none", "--captions", tmp_path / "captions.csv"]):
+        assert fails_in_one_line("prepare_ego4d.py", *flags, words=["none", "no such folder"])
+    assert not (tmp_path / "new").exists()
 
 
 def test_anybodys_videos(tmp_path):
