@@ -14,6 +14,7 @@ Reads what Ego4D's own client writes:
 or a CSV file whose first line is video,start,text (start in seconds) and a folder with those videos.
 Writes OUT in the format of clips.py, 3 fps, JPEG q95 4:2:0, and beside it:
     clips.jsonl   the chosen clips, a line each: publish it, or pack another's with --clip-list
+    choice.json   how many sentences each rule dropped when they were chosen
     00000.json    a shard's log: how many clips, core seconds and bytes, what was lost and why
     report.json   what each rule dropped, what was lost of which video, sizes and times
     sheet.png     some clips with their sentences
@@ -414,6 +415,8 @@ def pack(args, chosen, dropped):
     except clips.ClipsError as error:
         raise clips.ClipsError(f"{error}, or keep to its list: --clip-list {args.out}/clips.jsonl") from None
     clips.write_whole(args.out / "clips.jsonl", lines)
+    if not (args.clip_list or (args.out / "choice.json").exists()):
+        clips.write_whole(args.out / "choice.json", json.dumps(count_dropped(dropped), indent=1).encode())
     jobs = make_jobs(chosen, **options_of(args))
     pack_part(jobs[number - 1::parts], args.out, args.workers)
     lost = {job.index: load_log(job)["lost"] for job in jobs[number - 1::parts]}
@@ -428,7 +431,7 @@ def pack(args, chosen, dropped):
         return
     clips.write_meta(args.out, source, fps=3, command=shlex.join(sys.argv))
     contact_sheet(args.out)
-    report(args.out, jobs, dropped, wall=time.time() - begin)
+    report(args.out, jobs, wall=time.time() - begin)
 
 
 def pack_part(jobs, out, workers):
@@ -458,15 +461,19 @@ def load_log(job):
         return json.loads(log_path(job).read_bytes())
 
 
-def print_dropped(dropped):
-    """Print, and return, how many sentences each rule has dropped; dropped: what `choose` counted."""
-    rules = collections.Counter()
-    for (reason, _), count in dropped.items():
-        rules[reason] += count
-    for reason in RULES:
-        if rules[reason]:
-            print(f"{rules[reason]:11,} dropped: {reason}")
-    return rules
+def count_dropped(dropped):
+    """Return what choice.json holds: how many sentences each rule has dropped, and the videos without a file.
+
+    dropped: {(reason, uid): count} of `choose`.
+    """
+    rules = {reason: sum(count for (why, _), count in dropped.items() if why == reason) for reason in RULES}
+    return dict(dropped={reason: count for reason, count in rules.items() if count},
+                no_file={uid: count for (why, uid), count in dropped.items() if why == "no video file"})
+
+
+def print_dropped(rules):
+    for reason, count in rules.items():
+        print(f"{count:11,} dropped: {reason}")
 
 
 def print_lost(lost, most=20):
@@ -496,18 +503,21 @@ def estimate(args, chosen, n_videos=8, n_clips=10):
           f"{hours / args.workers:.3g} hours of {args.workers} cores), {size * len(chosen) / 1e9:.3g} GB")
 
 
-def report(out, jobs, dropped, wall):
-    """Write report.json and print it in short."""
+def report(out, jobs, wall):
+    """Write report.json and print it in short. What was dropped is of the run that chose: see choice.json."""
+    path, choice = out / "choice.json", dict(dropped={}, no_file={})       # packed from another's list
+    if path.exists():
+        with reading(path, "Delete it: only the counts of what was dropped are in it"):
+            choice = json.loads(path.read_bytes())
     logs, counts = [load_log(job) for job in jobs], clips.load_meta(out)["counts"]
     lost = [each for log in logs for each in log["lost"]]
     result = dict(listed=sum(len(job.part) for job in jobs), packed=counts["clips"],
                   hours=counts["clips"] * SPAN / 3600, gigabytes=counts["bytes"] / 1e9,
                   bytes_a_frame=counts["bytes"] / counts["frames"],
                   core_hours=sum(log["seconds"] for log in logs) / 3600, wall_hours_of_last_run=wall / 3600,
-                  lost=[dict(zip(("video", "reason", "clips"), each)) for each in lost],
-                  dropped=print_dropped(dropped),
-                  no_file={uid: count for (why, uid), count in dropped.items() if why == "no video file"})
+                  lost=[dict(zip(("video", "reason", "clips"), each)) for each in lost], **choice)
     clips.write_whole(out / "report.json", json.dumps(result, indent=1).encode())
+    print_dropped(choice["dropped"])
     print("packed {packed:,} of {listed:,} clips: {hours:.4g} hours, {gigabytes:.4g} GB, "
           "{bytes_a_frame:,.0f} bytes a frame, {core_hours:.4g} core-hours".format(**result))
     print(f"this run took {wall:,.1f} s; see {out}/report.json and sheet.png")
@@ -530,21 +540,41 @@ def contact_sheet(out, count=8, side=112, line=18):
 
 def verify(out, deep):
     """Return what is wrong with a finished set, a line each; deep: check each byte and decode each frame."""
-    data, problems = clips.Clips(out), clips.check(out) if deep else []
-    jobs = make_jobs(load_list(out / "clips.jsonl"), out=out, folder=None, suffix=None, crop=None)
-    if len(jobs) != len(data.shards):
-        problems.append(f"{out}: {len(data.shards)} shards, but clips.jsonl makes {len(jobs)}")
-    for job, shard in zip(jobs, data.shards):
-        has, lost = len(shard["episodes"]), sum(count for _, _, count in load_log(job)["lost"])
-        if has + lost != len(job.part):
-            problems.append(f"{out}: shard {job.index:05d} has {has} clips and lost {lost}, but clips.jsonl "
-                            f"lists {len(job.part)}")
-    for i in tqdm(range(len(data) if deep else 0), unit="clip", desc="decoding", disable=not deep):
-        try:
-            data.read(i)
-        except clips.ClipsError as error:
-            problems.append(str(error))
-    return problems
+    made, problems = clips.load_meta(out)["counts"]["shards"], clips.check(out) if deep else []
+    with noting(problems), reading(out / "clips.jsonl", "It must be as it was when the set was begun"):
+        crc = zlib.crc32((out / "clips.jsonl").read_bytes())
+        if crc != json.loads((out / "recipe.json").read_bytes())["crc32"]:
+            raise ValueError("its crc32 is not that in recipe.json")
+        jobs = make_jobs(load_list(out / "clips.jsonl"), out=out, folder=None, suffix=None, crop=None)
+        if made != len(jobs):
+            raise ValueError(f"it makes {len(jobs)} shards, the set has {made}")
+        for job in jobs:
+            with noting(problems):
+                verify_shard(job)
+    with noting(problems):
+        data = clips.Clips(out)
+        for i in tqdm(range(len(data) if deep else 0), unit="clip", desc="decoding", disable=not deep):
+            with noting(problems):
+                data.read(i)
+    return list(dict.fromkeys(problems))
+
+
+def verify_shard(job):
+    """Raise ClipsError unless a shard has, or has lost, as many clips as clips.jsonl lists."""
+    has = len(clips.load_shard(job.out, job.index)["episodes"])
+    lost = sum(count for _, _, count in load_log(job)["lost"])
+    if has + lost != len(job.part):
+        raise clips.ClipsError(f"{job.out}: shard {job.index:05d} has {has} clips and lost {lost}, but "
+                               f"clips.jsonl lists {len(job.part)}")
+
+
+@contextlib.contextmanager
+def noting(problems):
+    """Adds a ClipsError to the problems and goes on after the block."""
+    try:
+        yield
+    except clips.ClipsError as error:
+        problems.append(str(error))
 
 
 # ------------------------------------------------------------------------------------ the command line
@@ -626,7 +656,7 @@ def main():
         check_folder(args.videos or args.dataset / args.folder)
         chosen, dropped = choose_clips(args)
         if args.estimate or not chosen:                # a packed set's report tells this at its end
-            print_dropped(dropped)
+            print_dropped(count_dropped(dropped)["dropped"])
         if not chosen:
             raise clips.ClipsError("no clip is left to pack")
         estimate(args, chosen) if args.estimate else pack(args, chosen, dropped)

@@ -1189,7 +1189,44 @@ def test_ego4d_resumes(ego4d_raw, tmp_path, monkeypatch):
     (straight / "00001.json").write_text('{"lost": [["x2", "why", 1]]}')
     assert "shard 00001 has 10 clips and lost 1" in " ".join(prepare_ego4d.verify(straight, deep=False))
     (straight / "00001.json").write_text("{")
-    assert refused("00001.json.*again", prepare_ego4d.verify, straight, deep=False)
+    assert re.search("00001.json.*again", *prepare_ego4d.verify(straight, deep=False))
+
+
+def test_ego4d_verify_lists_all_damage(ego4d_raw, tmp_path, monkeypatch):
+    """Catches a list of clips that is not the packed one, damage that hides other damage."""
+    monkeypatch.setattr(prepare_ego4d, "SHARD", 5)
+    pack_ego4d(ego4d_raw, tmp_path, "--workers", 1)
+    lines, verify = (tmp_path / "clips.jsonl").read_text(), prepare_ego4d.verify
+    assert verify(tmp_path, deep=True) == []
+    (tmp_path / "clips.jsonl").write_text(lines.replace("does 2.5", "does 9.5", 1))
+    for deep in False, True:
+        problem, = verify(tmp_path, deep)
+        assert "clips.jsonl" in problem and "crc32" in problem
+    (tmp_path / "clips.jsonl").write_text(lines)
+    with open(tmp_path / "00000.bin", "r+b") as file:
+        file.seek(5000)
+        file.write(b"damage")
+    (tmp_path / "00002.npz").unlink()
+    (tmp_path / "00003.npz").write_bytes(b"")
+    (tmp_path / "00004.json").unlink()
+    for deep in False, True:
+        text = "\n".join(verify(tmp_path, deep))
+        assert [name in text for name in ("00000.bin: clip 0 has changed", "00001.", "00002.npz is missing",
+                                          "00003.npz can't be read", "00004.json")] == [deep, False, *[True] * 3]
+
+
+def test_ego4d_reports_what_was_dropped(ego4d_raw, tmp_path):
+    """Catches counts that are gone once the list itself is given back to finish a run."""
+    raw = tmp_path / "v2"
+    shutil.copytree(ego4d_raw, raw)
+    (raw / "video_540ss/x1.mp4").unlink()
+    for flags in [], ["--clip-list", tmp_path / "out/clips.jsonl"]:
+        status, text = run("prepare_ego4d.py", raw, tmp_path / "out", "--workers", 1, *flags)
+        report = json.loads((tmp_path / "out/report.json").read_text())
+        assert status == 0 and report["dropped"] == {"no video file": 5} and report["no_file"] == dict(x1=5)
+        assert "5 dropped: no video file" in text and "packed 25 of 25" in text, text
+    run("prepare_ego4d.py", raw, tmp_path / "new", "--workers", 1, *flags)
+    assert json.loads((tmp_path / "new/report.json").read_text())["dropped"] == {}
 
 
 def damage(path):
