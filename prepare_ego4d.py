@@ -28,7 +28,6 @@ import contextlib
 import csv
 import errno
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -49,7 +48,6 @@ from concurrent.futures.process import BrokenProcessPool
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
-from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import clips
@@ -430,7 +428,7 @@ def pack(args, chosen, dropped):
         print(f"part {number}/{parts} is done; {missing} of {len(jobs)} shards are left to the other parts")
         return
     clips.write_meta(args.out, source, fps=3, command=shlex.join(sys.argv))
-    contact_sheet(args.out)
+    clips.contact_sheet(clips.Clips(args.out), args.out / "sheet.png")
     report(args.out, jobs, wall=time.time() - begin)
 
 
@@ -521,21 +519,6 @@ def report(out, jobs, wall):
     print("packed {packed:,} of {listed:,} clips: {hours:.4g} hours, {gigabytes:.4g} GB, "
           "{bytes_a_frame:,.0f} bytes a frame, {core_hours:.4g} core-hours".format(**result))
     print(f"this run took {wall:,.1f} s; see {out}/report.json and sheet.png")
-
-
-def contact_sheet(out, count=8, side=112, line=18):
-    """Write sheet.png: clips drawn from all, a row each, the sentence above its ten frames."""
-    data = clips.Clips(out)
-    some = sorted(random.Random(0).sample(range(len(data)), min(count, len(data))))
-    sheet = Image.new("RGB", (side * FRAMES, (side + line) * len(some)), "white")
-    for top, i in zip(range(0, sheet.height, side + line), some):
-        sentence = data.sentences[i].encode("ascii", "replace").decode()         # what any font can write
-        ImageDraw.Draw(sheet).text((4, top + 3), sentence, "black")
-        for column, image in enumerate(data.read(i)["frames"]["rgb_static"]):
-            sheet.paste(Image.fromarray(image).resize((side, side)), (column * side, top + line))
-    content = io.BytesIO()
-    sheet.save(content, "PNG")
-    clips.write_whole(out / "sheet.png", content.getvalue())
 
 
 def verify(out, deep):

@@ -709,6 +709,22 @@ def test_unfinished_shards_are_completed(tmp_path):
     assert clips.Clips(tmp_path).sentences == ["clip 0", "clip 1"] and not list(tmp_path.glob("*.tmp"))
 
 
+def test_temp_names(tmp_path, monkeypatch):
+    """Catches two machines whose processes have one number, and so write into one file; a file of another's
+    that is swept away while it is written."""
+    with clips.ShardWriter(tmp_path, 0, ["a"]) as one:
+        monkeypatch.setattr(clips.platform, "node", lambda: "another")
+        with clips.ShardWriter(tmp_path, 0, ["a"]) as another:
+            assert one.temp != another.temp and one.temp.exists() and another.temp.exists()
+            for writer in one, another:
+                writer.add(dict(a=np.zeros((1, 8, 8, 3), np.uint8)), "waits")
+    stale, live = tmp_path / "00007.bin.x.1.tmp", tmp_path / "report.json.x.1.tmp"
+    for path in stale, live:
+        path.write_text("")
+    clips.write_meta(tmp_path, "test", 3, "test")
+    assert live.exists() and not stale.exists() and clips.check(tmp_path) == []
+
+
 def test_mixtures_are_refused(tmp_path):
     """Catches a data set with a shard missing, of two kinds or recipes, and windows of what is not in it."""
     data = clips.Clips(make_data_set(tmp_path / "gap"))
