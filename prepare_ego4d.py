@@ -244,10 +244,10 @@ class Reader:
         # No name is taken for an address, no playlist in disguise fetches one; odd tags don't matter.
         self.container = av.open(str(path.resolve()), options=dict(protocol_whitelist="file"),
                                  metadata_errors="ignore")
-        if not self.container.streams.video:
+        self.stream = self.container.streams.best("video")             # else a cover picture may come first
+        if not self.stream:
             self.container.close()
             raise ValueError("no video in it, or it is cut off")
-        self.stream = self.container.streams.video[0]
         self.stream.thread_type, self.stream.codec_context.thread_count = "NONE", 1    # a worker, a core
         # By default H.264's decoder patches over damage, and nobody would know.
         self.stream.codec_context.options = {"err_detect": "explode"}
@@ -482,22 +482,28 @@ def print_lost(lost, most=20):
 
 
 def estimate(args, chosen, n_videos=8, n_clips=10):
-    """Print what the whole list will take, from the first clips of some videos, packed and thrown away."""
-    videos = by_video(chosen)
-    some = random.Random(args.seed).sample(videos, min(n_videos, len(videos)))
-    part = [clip for _, group in some for clip in group[:n_clips]]
+    """Print what the whole list will take, from neighbouring clips of some videos, packed and thrown away.
+
+    A video is as likely to be among them as it has clips, so that long ones count for what they are.
+    """
+    rng, groups = random.Random(args.seed), dict(by_video(chosen))
+    some = {clip.uid for clip in rng.sample(chosen, min(n_videos, len(chosen)))}
+    sample = []
+    for uid in sorted(some):
+        first = rng.randrange(max(1, len(groups[uid]) - n_clips + 1))
+        sample += groups[uid][first:first + n_clips]
     with tempfile.TemporaryDirectory() as folder:
-        job = Job(0, 0, part, **options_of(args) | dict(out=pathlib.Path(folder)))
+        job = Job(0, 0, sample, **options_of(args) | dict(out=pathlib.Path(folder)))
         pack_shard(job)
         log = load_log(job)
     print_lost(log["lost"])
     if not log["clips"]:
         raise clips.ClipsError(f"nothing to estimate from: no clip of {len(some)} videos could be read")
-    seconds, size = (log[key] / len(part) for key in ("seconds", "bytes"))
+    seconds, size = (log[key] / len(sample) for key in ("seconds", "bytes"))
     hours = seconds * len(chosen) / 3600
-    print(f"tried {len(part)} clips of {len(some)} videos: {seconds:.2f} core-seconds and {size:,.0f} bytes "
-          f"each, {len(part) - log['clips']} could not be read")
-    print(f"all {len(chosen):,} clips of {len(videos):,} videos: {hours:.3g} core-hours ("
+    print(f"tried {len(sample)} clips of {len(some)} videos: {seconds:.2f} core-seconds and {size:,.0f} bytes "
+          f"each, {len(sample) - log['clips']} could not be read")
+    print(f"all {len(chosen):,} clips of {len(groups):,} videos: {hours:.3g} core-hours ("
           f"{hours / args.workers:.3g} hours of {args.workers} cores), {size * len(chosen) / 1e9:.3g} GB")
 
 
@@ -583,6 +589,11 @@ def choose_clips(args):
     return chosen, dropped
 
 
+def cores():
+    """How many this process may use: a container or a batch system may grant fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def splits(text):
     if not set(text.split(",")) <= {"train", "val", "test", "multi"}:
         raise argparse.ArgumentTypeError(f"{text}: must be some of train,val,test,multi")
@@ -609,7 +620,7 @@ def parse():
     parser.add_argument("--exclude-splits", type=splits, default=set(), metavar="val,test",
                         help="leave out videos that any of Ego4D's benchmarks has there")
     parser.add_argument("--crop", action="store_true", help="take the central square, don't squash")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, a core each")
+    parser.add_argument("--workers", type=int, default=cores(), help="processes, a core each")
     parser.add_argument("--shard", type=shard, default=(1, 1), metavar="I/N", help="make the I-th of N parts")
     parser.add_argument("--estimate", action="store_true", help="print what it will take, write nothing")
     parser.add_argument("--verify", action="store_true", help="check a finished OUT")

@@ -5,6 +5,7 @@ Each docstring names the bug that its test would catch. In order: helpers, model
 the scripts, README. Reads fixtures/official_small.npz: inputs, weights and outputs of the official model
 (bytedance/GR-1) at a small size; and, if it is there, ../shared/data/ego4d_mini, real videos in Ego4D's layout.
 """
+import argparse
 import collections
 import contextlib
 import dataclasses
@@ -1349,6 +1350,15 @@ def test_anybodys_videos(tmp_path):
     assert told == [15, 60, 30] and data.episodes.tolist() == [0, 0, 1]
     status, text = run(*start, "--estimate")
     assert status == 0 and "core-hours" in text and "all 4 clips of 2 videos" in text, text
+    seen = collections.Counter()
+    with mock.patch.object(prepare_ego4d, "pack_shard", lambda job: seen.update(job.part) or 1 / 0):
+        chosen = [prepare_ego4d.Clip(uid, 0, i, i, "opens it") for uid, n in (("a", 90), ("b", 10)) for i in range(n)]
+        for seed in range(100):
+            args = argparse.Namespace(seed=seed, out=out, videos=tmp_path, crop=False)
+            with pytest.raises(ZeroDivisionError):
+                prepare_ego4d.estimate(args, chosen, n_videos=1, n_clips=5)
+    assert seen.total() == 500 and 380 < sum(n for clip, n in seen.items() if clip.uid == "a") < 490
+    assert len(seen) > 85                              # the middle and the end of a video, too
     for content, words in ((b"video,start,text\na.mp4,soon,opens it\n", ["row 1", "soon"]),
                            (b"video,start,text\na.mp4,1,opens it\na.mp4,1e30,opens it\n", ["row 2", "1e+30"]),
                            (b"video,text\na.mp4,opens it\n", ["row 1", "start"]),
