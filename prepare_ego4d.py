@@ -19,6 +19,7 @@ Writes OUT in the format of clips.py, 3 fps, JPEG q95 4:2:0, and beside it:
     report.json   what each rule dropped, what was lost of which video, sizes and times
     sheet.png     some clips with their sentences
 A killed run goes on where it was: start the same command again. A broken video costs its own clips only.
+Longer than its siblings: it distrusts four million narrations and ten thousand files that others made.
 In order: the choice of clips, what they are chosen from, frames, packing, reports, the command line.
 """
 import argparse
@@ -63,7 +64,7 @@ WEARER = re.compile(r"\A\s*#\s*C\s*C\s+", re.IGNORECASE)               # also wr
 
 Clip = collections.namedtuple("Clip", "uid pass_number index start text")     # start [s] of its first frame
 Video = collections.namedtuple("Video", "duration stereo redacted excluded there")
-Job = collections.namedtuple("Job", "index episode part out folder suffix crop")       # makes one shard
+Job = collections.namedtuple("Job", "index episode clips out folder suffix crop")       # makes one shard
 
 
 # ------------------------------------------------------------------------------------ the choice of clips
@@ -301,18 +302,18 @@ def to_picture(frame, crop):
     return np.rot90(image[top:top + SIZE, left:left + SIZE], round(frame.rotation / 90))    # counterclockwise
 
 
-def read_clips(path, part, crop):
+def read_clips(path, group, crop):
     """Yield (clip, uint8 (FRAMES, SIZE, SIZE, 3), or a str that says why not) for clips of one video."""
     explain = lambda error: getattr(error, "strerror", None) or str(error)
     try:
         reader = Reader(path)
     except (av.FFmpegError, OSError, ValueError) as error:
         raise_if_passing(error, path)
-        yield from ((clip, f"can't be opened: {explain(error)}") for clip in part)
+        yield from ((clip, f"can't be opened: {explain(error)}") for clip in group)
         return
-    pictures = {i: [] for i in range(len(part))}       # of clips that have not got all of them yet
+    pictures = {i: [] for i in range(len(group))}      # of clips that have not got all of them yet
     with reader.container:
-        wanted = ((clip.start + k * STEP, i) for i, clip in enumerate(part) for k in range(FRAMES))
+        wanted = ((clip.start + k * STEP, i) for i, clip in enumerate(group) for k in range(FRAMES))
         for seconds, i in sorted(wanted):
             try:
                 if i in pictures:
@@ -321,9 +322,9 @@ def read_clips(path, part, crop):
                 raise_if_passing(error, path)
                 reader.forget()
                 del pictures[i]
-                yield part[i], f"can't be decoded: {explain(error)}"
+                yield group[i], f"can't be decoded: {explain(error)}"
             if len(pictures.get(i, ())) == FRAMES:
-                yield part[i], np.stack(pictures.pop(i))
+                yield group[i], np.stack(pictures.pop(i))
 
 
 def raise_if_passing(error, path):
@@ -344,16 +345,16 @@ def raise_if_passing(error, path):
 
 def by_video(chosen):
     """Return [(uid, its clips)] of a list in order."""
-    return [(uid, list(part)) for uid, part in itertools.groupby(chosen, key=lambda clip: clip.uid)]
+    return [(uid, list(group)) for uid, group in itertools.groupby(chosen, key=lambda clip: clip.uid)]
 
 
 def make_jobs(chosen, **options):
     """Return a Job for each shard: whole videos, so that each is opened once, with SHARD clips or more."""
     jobs = []
-    for episode, (_, part) in enumerate(by_video(chosen)):
-        if not jobs or len(jobs[-1].part) >= SHARD:
+    for episode, (_, group) in enumerate(by_video(chosen)):
+        if not jobs or len(jobs[-1].clips) >= SHARD:
             jobs.append(Job(len(jobs), episode, [], **options))
-        jobs[-1].part.extend(part)
+        jobs[-1].clips.extend(group)
     return jobs
 
 
@@ -362,8 +363,8 @@ def pack_shard(job):
     begin, lost = time.process_time(), collections.Counter()
     check_folder(job.folder)                           # again: its disk may have gone
     with clips.ShardWriter(job.out, job.index, ["rgb_static"], subsampling="420") as writer:
-        for episode, (uid, part) in enumerate(by_video(job.part), job.episode):
-            for clip, found in read_clips(job.folder / f"{uid}{job.suffix}", part, job.crop):
+        for episode, (uid, group) in enumerate(by_video(job.clips), job.episode):
+            for clip, found in read_clips(job.folder / f"{uid}{job.suffix}", group, job.crop):
                 if isinstance(found, str):
                     lost[uid, found] += 1
                 else:
@@ -371,7 +372,7 @@ def pack_shard(job):
         log = dict(clips=len(writer.clips), seconds=round(time.process_time() - begin, 2),
                    bytes=writer.offsets[-1], lost=[(*key, count) for key, count in lost.items()])
         clips.write_whole(log_path(job), json.dumps(log).encode())
-    return len(job.part)
+    return len(job.clips)
 
 
 def check_folder(folder):
@@ -404,8 +405,8 @@ def pack_shards(jobs, workers):
 
 
 def pack(args, chosen, dropped):
-    """Make this part's shards; if no other part's is missing then, complete the set and report."""
-    begin, lines, (number, parts) = time.time(), to_lines(chosen), args.shard
+    """Make our share of the shards; if no other share's is missing then, complete the set and report."""
+    begin, lines, (number, shares) = time.time(), to_lines(chosen), args.share
     source = "videos with captions" if args.videos else f"ego4d {args.folder}"
     try:
         clips.claim(args.out, source=source, clips=len(chosen), crc32=zlib.crc32(lines), crop=args.crop,
@@ -416,26 +417,23 @@ def pack(args, chosen, dropped):
     if not (args.clip_list or (args.out / "choice.json").exists()):
         clips.write_whole(args.out / "choice.json", json.dumps(count_dropped(dropped), indent=1).encode())
     jobs = make_jobs(chosen, **options_of(args))
-    pack_part(jobs[number - 1::parts], args.out, args.workers)
-    lost = {job.index: load_log(job)["lost"] for job in jobs[number - 1::parts]}
-    print_lost([each for some in lost.values() for each in some])
-    again = [f"{index:05d}.npz" for index, some in lost.items() if some]
-    if again:
-        print(f"  to try them again: in {args.out} delete {' '.join(again[:20])}{' ...' * (len(again) > 20)} "
-              "and run the same command")
+    ours = jobs[number - 1::shares]
+    pack_missing(ours, args.out, args.workers)
+    print_lost([each for job in ours for each in load_log(job)["lost"]])
+    print_again(args.out, [job.index for job in ours if load_log(job)["lost"]])
     missing = sum(not clips.shard_is_done(args.out, job.index) for job in jobs)
     if missing:
-        print(f"part {number}/{parts} is done; {missing} of {len(jobs)} shards are left to the other parts")
+        print(f"share {number}/{shares} is done; {missing} of {len(jobs)} shards are left to the others")
         return
     clips.write_meta(args.out, source, fps=3, command=shlex.join(sys.argv))
     clips.contact_sheet(clips.Clips(args.out), args.out / "sheet.png")
     report(args.out, jobs, wall=time.time() - begin)
 
 
-def pack_part(jobs, out, workers):
+def pack_missing(jobs, out, workers):
     """Make those of the shards that are not there yet, with a progress bar."""
     todo = [job for job in jobs if not clips.shard_is_done(out, job.index)]
-    total, left = (sum(len(job.part) for job in some) for some in (jobs, todo))
+    total, left = (sum(len(job.clips) for job in some) for some in (jobs, todo))
     # Clips count when their shard is done, and the rate is the whole run's mean: the time left is no guess.
     with tqdm(total=total, initial=total - left, unit="clip", desc=str(out), smoothing=0) as bar:
         for count in pack_shards(todo, min(workers, max(1, len(todo)))):
@@ -481,6 +479,13 @@ def print_lost(lost, most=20):
         print(f"  and so on: {len(lost)} such lines")
 
 
+def print_again(out, indices, most=20):
+    """Print how to try those shards again that lost clips."""
+    if indices:
+        names = " ".join(f"{index:05d}.npz" for index in indices[:most]) + " ..." * (len(indices) > most)
+        print(f"  to try them again: in {out} delete {names} and run the same command")
+
+
 def estimate(args, chosen, n_videos=8, n_clips=10):
     """Print what the whole list will take, from neighbouring clips of some videos, packed and thrown away.
 
@@ -501,8 +506,8 @@ def estimate(args, chosen, n_videos=8, n_clips=10):
         raise clips.ClipsError(f"nothing to estimate from: no clip of {len(some)} videos could be read")
     seconds, size = (log[key] / len(sample) for key in ("seconds", "bytes"))
     hours = seconds * len(chosen) / 3600
-    print(f"tried {len(sample)} clips of {len(some)} videos: {seconds:.2f} core-seconds and {size:,.0f} bytes "
-          f"each, {len(sample) - log['clips']} could not be read")
+    print(f"tried {len(sample)} clips of {len(some)} videos: {seconds:.2f} core-seconds and {size:,.0f} "
+          f"bytes each, {len(sample) - log['clips']} could not be read")
     print(f"all {len(chosen):,} clips of {len(groups):,} videos: {hours:.3g} core-hours ("
           f"{hours / args.workers:.3g} hours of {args.workers} cores), {size * len(chosen) / 1e9:.3g} GB")
 
@@ -515,7 +520,7 @@ def report(out, jobs, wall):
             choice = json.loads(path.read_bytes())
     logs, counts = [load_log(job) for job in jobs], clips.load_meta(out)["counts"]
     lost = [each for log in logs for each in log["lost"]]
-    result = dict(listed=sum(len(job.part) for job in jobs), packed=counts["clips"],
+    result = dict(listed=sum(len(job.clips) for job in jobs), packed=counts["clips"],
                   hours=counts["clips"] * SPAN / 3600, gigabytes=counts["bytes"] / 1e9,
                   bytes_a_frame=counts["bytes"] / counts["frames"],
                   core_hours=sum(log["seconds"] for log in logs) / 3600, wall_hours_of_last_run=wall / 3600,
@@ -552,9 +557,9 @@ def verify_shard(job):
     """Raise ClipsError unless a shard has, or has lost, as many clips as clips.jsonl lists."""
     has = len(clips.load_shard(job.out, job.index)["episodes"])
     lost = sum(count for _, _, count in load_log(job)["lost"])
-    if has + lost != len(job.part):
+    if has + lost != len(job.clips):
         raise clips.ClipsError(f"{job.out}: shard {job.index:05d} has {has} clips and lost {lost}, but "
-                               f"clips.jsonl lists {len(job.part)}")
+                               f"clips.jsonl lists {len(job.clips)}")
 
 
 @contextlib.contextmanager
@@ -600,7 +605,7 @@ def splits(text):
     return set(text.split(","))
 
 
-def shard(text):
+def share(text):
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     if not found or not 1 <= int(found[1]) <= int(found[2]):
         raise argparse.ArgumentTypeError(f"{text}: must be 1/8, 2/8 ... or 8/8, say")
@@ -621,7 +626,8 @@ def parse():
                         help="leave out videos that any of Ego4D's benchmarks has there")
     parser.add_argument("--crop", action="store_true", help="take the central square, don't squash")
     parser.add_argument("--workers", type=int, default=cores(), help="processes, a core each")
-    parser.add_argument("--shard", type=shard, default=(1, 1), metavar="I/N", help="make the I-th of N parts")
+    parser.add_argument("--shard", type=share, dest="share", default=(1, 1), metavar="I/N",
+                        help="make the I-th of N shares, on a machine each")
     parser.add_argument("--estimate", action="store_true", help="print what it will take, write nothing")
     parser.add_argument("--verify", action="store_true", help="check a finished OUT")
     parser.add_argument("--deep", action="store_true", help="with --verify: every byte and every frame")
@@ -657,7 +663,7 @@ def main():
     except clips.ClipsError as error:
         sys.exit(f"prepare_ego4d.py: {error}")
     except MemoryError:
-        sys.exit("prepare_ego4d.py: out of memory; take fewer --workers: the same command goes on where it was")
+        sys.exit("prepare_ego4d.py: out of memory; with fewer --workers the same command goes on")
     except OSError as error:                           # OUT can't be written, the disk is full
         sys.exit(f"prepare_ego4d.py: {error.filename or args.out}: {error.strerror}; mend that, and the same "
                  "command goes on where it was")
