@@ -11,7 +11,7 @@ Reads what Ego4D's own client writes:
     ego4d.json                   the videos: durations, stereo, splits, redacted intervals (or one folder up)
     annotations/narration.json   sentences with a time, from up to two annotators ("passes") a video
     video_540ss/UID.mp4          or another folder: --folder full_scale
-or a CSV file whose first line is video,start,text (start in seconds) and a folder with those videos.
+or a CSV file, its first line video,start,text (start: of the first frame, in s), and a folder of videos.
 Writes OUT in the format of clips.py, 3 fps, JPEG q95 4:2:0, and beside it:
     clips.jsonl   the chosen clips, a line each: publish it, or pack another's with --clip-list
     choice.json   how many sentences each rule dropped when they were chosen
@@ -122,7 +122,7 @@ def by_time(clip):
 
 ADVICE = ("DATASET is the folder with ego4d.json, --folder the one in it with the videos; Ego4D's client "
           "makes both: ego4d --output_directory DIR --datasets annotations video_540ss")
-COLUMNS = "The first line must be video,start,text; start is in seconds"
+COLUMNS = "The first line must be video,start,text; start is the time of the first frame, in seconds"
 KEYS = ("uid", "pass", "index", "start", "text")       # of a line of clips.jsonl
 LINE = 'A line is such as {"uid": "x", "pass": 1, "index": 0, "start": 0.5, "text": "opens a drawer"}'
 
@@ -181,7 +181,8 @@ def load_narrations(path):
                 told = (video.get(f"narration_pass_{number}") or {}).get("narrations") or []
                 for index, (seconds, text) in enumerate(told):
                     middle = math.nan if seconds is None else seconds          # which is inside no video
-                    found.append(Clip(uid, number, index, round(middle - SPAN / 2, 6), encodable(text or "")))
+                    found.append(Clip(encodable(uid), number, index, round(middle - SPAN / 2, 6),
+                                      encodable(text or "")))
     return found
 
 
@@ -361,7 +362,6 @@ def make_jobs(chosen, **options):
 def pack_shard(job):
     """Write one shard, its log first; return how many clips that settles, packed or lost."""
     begin, lost = time.process_time(), collections.Counter()
-    check_folder(job.folder)                           # again: its disk may have gone
     with clips.ShardWriter(job.out, job.index, ["rgb_static"], subsampling="420") as writer:
         for episode, (uid, group) in enumerate(by_video(job.clips), job.episode):
             for clip, found in read_clips(job.folder / f"{uid}{job.suffix}", group, job.crop):
@@ -369,6 +369,8 @@ def pack_shard(job):
                     lost[uid, found] += 1
                 else:
                     writer.add(dict(rgb_static=found), clip.text, episode=episode)
+        if lost:
+            check_folder(job.folder)                   # again: its disk may have gone
         log = dict(clips=len(writer.clips), seconds=round(time.process_time() - begin, 2),
                    bytes=writer.offsets[-1], lost=[(*key, count) for key, count in lost.items()])
         clips.write_whole(log_path(job), json.dumps(log).encode())

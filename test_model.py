@@ -1098,9 +1098,10 @@ def test_ego4d_narrations_that_say_too_little(tmp_path):
     """Catches a null or an odd character in one narration of four million that ends the run."""
     told = [(None, "#C C opens it"), (2, None), (3, "#C C writes \ud83d\ude00 "),
             (4, "#C C writes \udc00, \u2028 \x85")]
-    raw = make_ego4d(tmp_path / "v2", dict(x=told))
+    raw = make_ego4d(tmp_path / "v2", {"x": told, os.fsdecode(b"\xff"): DOES[:1]})
     status, text = run("prepare_ego4d.py", raw, tmp_path / "out", "--workers", 1)
     assert status == 0 and "1 dropped: not all of its 3 s" in text and "packed 2 of 2" in text, text
+    assert "1 dropped: video not in ego4d.json" in text            # no file of ours can hold its name
     assert clips.Clips(tmp_path / "out").sentences == ["writes \U0001f600", "writes ?"]
     line = '{"uid": "x", "pass": 1, "index": 0, "start": 0, "text": "one\u2028two"}\n'
     (tmp_path / "list").write_text(line, encoding="utf-8")
@@ -1253,7 +1254,7 @@ def test_ego4d_reports_what_was_dropped(ego4d_raw, tmp_path):
 
 
 def test_ego4d_killed(ego4d_raw, tmp_path, monkeypatch):
-    """Catches a kill -9 that leaves half a shard under a final name, or that the next run can't go on from."""
+    """Catches a kill -9 that leaves half a shard under a final name, or that no next run can go on from."""
     listed, out = tmp_path / "list.jsonl", tmp_path / "out"
     some = [clip for i in range(6) for clip in ego4d_clips(*np.arange(0, 4.9, 0.05).tolist(), uid=f"x{i}")]
     listed.write_bytes(prepare_ego4d.to_lines(some))
@@ -1352,6 +1353,14 @@ def test_ego4d_passing_failures_lose_nothing(ego4d_raw, tmp_path, monkeypatch):
         (out / "00000.npz").unlink()                   # what the run says to do
     pack_ego4d(ego4d_raw, out, "--workers", 1)
     assert contents(out) == contents(full)
+    raw, open_it = tmp_path / "v2", prepare_ego4d.Reader
+    shutil.copytree(ego4d_raw, raw)
+    unmount = lambda path: ((raw / "video_540ss").exists() and (raw / "video_540ss").rename(raw / "gone"),
+                            open_it(path))[1]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="video_540ss: no such folder"):
+        patch.setattr(prepare_ego4d, "Reader", unmount)
+        pack_ego4d(raw, tmp_path / "unmounted", "--workers", 1)
+    assert not list((tmp_path / "unmounted").glob("*.npz"))
     (tmp_path / "captions.csv").write_text("video,start,text\nx.mp4,1,opens it\n")
     for flags in ([ego4d_raw, tmp_path / "new", "--folder", "none", "--clip-list", out / "clips.jsonl"],
                   [tmp_path / "new", "--videos", tmp_path / "none", "--captions", tmp_path / "captions.csv"]):
