@@ -71,15 +71,15 @@ Job = collections.namedtuple("Job", "index episode clips out folder suffix crop"
 
 def clean(text):
     """The sentence as a person would write it: without its tag, stray blanks and the dot at the end."""
-    text = " ".join(WEARER.sub("", text).split())
-    text = re.sub(r"\s+([,.;])(?!\w)", r"\1", text)                    # but not in "adds .5 litre"
-    return re.sub(r"\A([ ,;_]|\.(?!\d))+|[ .,;_]+\Z", "", text)
+    text = " ".join(WEARER.sub("", text, count=1).split())
+    text = re.sub(r" ([,.;])(?!\w)", r"\1", text).rstrip(" .,;_")        # but not in "adds .5 litre"
+    return re.sub(r"\A([ ,;_]|\.(?!\d))+", "", text, count=1)
 
 
 # A rule says of (clip, its video) whether to drop it, its key says why. The first that does is counted.
 RULES = {
     "not an action of the wearer (#C C)": lambda clip, video: not WEARER.match(clip.text),
-    "unsure, or another tag inside": lambda clip, video: "#" in WEARER.sub("", clip.text),
+    "unsure, or another tag inside": lambda clip, video: "#" in WEARER.sub("", clip.text, count=1),
     "fewer than two words": lambda clip, video: len(clean(clip.text).split()) < 2,
     "video not in ego4d.json": lambda clip, video: video is None,
     "not all of its 3 s inside the video": lambda clip, video: not 0 <= clip.start <= video.duration - SPAN,
