@@ -629,7 +629,7 @@ def parse():
     parser.add_argument("--crop", action="store_true", help="take the central square, don't squash")
     parser.add_argument("--workers", type=int, default=cores(), help="processes, a core each")
     parser.add_argument("--shard", type=share, dest="share", default=(1, 1), metavar="I/N",
-                        help="make the I-th of N shares, on a machine each")
+                        help="make the I-th of N shares, on a machine each; all write into one OUT")
     parser.add_argument("--estimate", action="store_true", help="print what it will take, write nothing")
     parser.add_argument("--verify", action="store_true", help="check a finished OUT")
     parser.add_argument("--deep", action="store_true", help="with --verify: every byte and every frame")
@@ -637,7 +637,9 @@ def parse():
     given = lambda key: getattr(args, key) != parser.get_default(key)
     for wrong, message in (
             (args.deep and not args.verify, "--deep goes with --verify"),
-            (not args.verify and bool(args.dataset) == bool(args.videos), "give either DATASET or --videos"),
+            (not args.verify and not (args.dataset or args.videos),
+             f"{args.out} is one folder, two are needed: DATASET OUT, or --videos DIR OUT"),
+            (args.dataset and args.videos, "give either DATASET or --videos"),
             (args.captions and not args.videos, "--captions goes with --videos"),
             (args.videos and not (args.captions or args.clip_list), "--videos goes with --captions"),
             (args.clip_list and any(map(given, ("captions", "clips", "seed", "exclude_splits"))),
