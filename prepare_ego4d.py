@@ -421,8 +421,9 @@ def pack(args, chosen, dropped):
     jobs = make_jobs(chosen, **options_of(args))
     ours = jobs[number - 1::shares]
     pack_missing(ours, args.out, args.workers)
-    print_lost([each for job in ours for each in load_log(job)["lost"]])
-    print_again(args.out, [job.index for job in ours if load_log(job)["lost"]])
+    lost = {job.index: load_log(job)["lost"] for job in ours}
+    print_lost([each for some in lost.values() for each in some])
+    print_again(args.out, [index for index, some in lost.items() if some])
     missing = sum(not clips.shard_is_done(args.out, job.index) for job in jobs)
     if missing:
         print(f"share {number}/{shares} is done; {missing} of {len(jobs)} shards are left to the others")
