@@ -767,7 +767,6 @@ class GR1(nn.Module):
         """
         stored, state = read_config(path), read_checkpoint(path)
         config = config or (GR1Config.from_dict(stored["model"]) if stored else GR1Config())
-        checkpoint_kind(state, path, config)             # a wrong file is refused before encoders are fetched
         encoders = stored.get("encoders", {})
         vision = encoders.get("vision_weights", "hub") if vision is None else vision
         text = encoders.get("text_weights", "hub") if text is None else text
@@ -780,7 +779,7 @@ class GR1(nn.Module):
         anew though the file has them, those of may_miss where it has not.
         Returns the report: what was loaded, what was left out and why, what starts fresh.
         """
-        count, (kind, lacks) = len(state), checkpoint_kind(state, path, self.config)
+        count, (kind, lacks) = len(state), checkpoint_kind(state, path, self.config.cameras)
         if kind == OURS:
             left = {name: STARTS_FRESH for name in state if name.split(".")[0] in fresh}
             state = {name: tensor for name, tensor in state.items() if name not in left}
@@ -866,7 +865,7 @@ LEFT_OUT = {
 }
 
 
-def checkpoint_kind(state, path, config):
+def checkpoint_kind(state, path, cameras=()):
     """What a file is, by its keys: -> (words for it, the parts which such a file may lack)."""
     lacks = ("trunk.unused_wte", "vision", "text")       # an encoder that trains along is not the authors'
     if any(name.startswith("trunk.") for name in state):
@@ -876,12 +875,12 @@ def checkpoint_kind(state, path, config):
                          f"(it has {', '.join(list(state)[:3])})")
     if not any(name.startswith("model.") for name in state):
         return "the authors' GR-1", lacks
-    return "the authors' GR-MG, pre-trained on Ego4D", finetuning_parts(config) + lacks
+    return "the authors' GR-MG, pre-trained on Ego4D", finetuning_parts(cameras) + lacks
 
 
-def finetuning_parts(config):
+def finetuning_parts(cameras):
     """What finetuning has and pre-training lacks: the robot's parts, and those of cameras after the first."""
-    return ROBOT_PARTS + tuple(f"{part}.{camera}" for camera in list(config.cameras)[1:]
+    return ROBOT_PARTS + tuple(f"{part}.{camera}" for camera in list(cameras)[1:]
                                for part in ("embed_latents", "embed_cls", "query_obs"))
 
 
@@ -956,8 +955,12 @@ def our_name(theirs):
 # ------------------------------------------------------------------------------------------ checkpoint files
 
 def read_checkpoint(path):
-    """Tensors by name of a directory that train.py wrote, or of a file, see read_weights."""
-    return read_weights(os.path.join(path, "model.safetensors") if os.path.isdir(path) else path)
+    """Tensors by name of a directory that train.py wrote, or of a file, see read_weights. Raises ModelError
+    if they are no GR-1's: callers read first, and fetch encoders and build a model for a good file only.
+    """
+    state = read_weights(os.path.join(path, "model.safetensors") if os.path.isdir(path) else path)
+    checkpoint_kind(state, path)
+    return state
 
 
 def read_config(path):
@@ -1239,7 +1242,8 @@ def training_calls(ours, batch, device):
         features = [torch.randn(batch * config.window, *x.shape[1:], device=device)
                     for x in ours.vision(next(iter(pixels.values()))[0, :1])]
     given = GR1(config, Given(features), Given(torch.randn(batch, config.text_dim, device=device)))
-    given.load_trained({k: v for k, v in ours.trained_state().items() if k in given.trained_state()}, "bench")
+    own = given.trained_state()                          # without the encoder that the tiny preset trains
+    given.load_trained({k: v for k, v in ours.trained_state().items() if k in own}, "bench")
     given = given.to(device).eval()                      # dropout off
 
     def step(model):

@@ -459,7 +459,7 @@ def test_ego4d_weights_of_the_authors(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "GR-MG" in said and "goal image" in said
     anew = said.split("random until trained")[1]
-    assert all(part in anew for part in gr1.finetuning_parts(golden_config()))
+    assert all(part in anew for part in gr1.finetuning_parts(golden_config().cameras))
     assert same(model.embed_language.weight, torch.tensor(golden["weight/embed_lang.weight"]))
     assert same(model.trunk.blocks[1].kv.weight.T,
                 torch.tensor(golden["weight/transformer.h.1.attn.c_attn.weight"])[:, 32:])

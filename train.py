@@ -320,8 +320,6 @@ def build(config, changes, world):
     fits = found and gr1.read_config("out/pretrain")["model"].get("preset") == model_config.preset
     init = "none" if config.resume else config.init or ("out/pretrain" if fits else "none")
     state = None if init == "none" else gr1.read_checkpoint(init)
-    if state:
-        gr1.checkpoint_kind(state, init, model_config)   # a wrong file is refused before encoders are fetched
     torch.manual_seed(config.seed)
     vision, text = gr1.build_encoders(model_config, config.vision_weights, config.text_weights)
     model = gr1.GR1(model_config, vision, text)
@@ -341,7 +339,7 @@ def start_from(state, init, model, config, world):
         if part not in names:
             raise gr1.ModelError(f"--fresh {part}: no such part; there are {', '.join(sorted(names))}")
     try:
-        report = model.load_pretrained(state, init, fresh, gr1.finetuning_parts(model.config))
+        report = model.load_pretrained(state, init, fresh, gr1.finetuning_parts(model.config.cameras))
     except gr1.ModelError as error:
         raise gr1.ModelError(f"{error}; --init none starts fresh") from error
     world.print(f"init: {report}\n  (--init none starts without)")
