@@ -38,6 +38,8 @@ import io
 import json
 import os
 import pathlib
+import platform
+import random
 import sys
 import zipfile
 import zlib
@@ -45,6 +47,7 @@ import zlib
 import numpy as np
 import simplejpeg
 import torch
+from PIL import Image, ImageDraw
 
 FORMAT_VERSION = 1
 OBS_DIM, ACTION_DIM = 15, 7
@@ -79,9 +82,14 @@ def parse_part(parser, text):
 
 # Writing
 
+def temp_path(path):
+    """A name beside `path` that no other process has: on shared storage another machine may have our pid."""
+    return path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.tmp")
+
+
 def write_whole(path, data):
     """Write bytes so that `path` holds either all of them or what it held before."""
-    temp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temp = temp_path(path)
     with open(temp, "wb") as file:
         file.write(data)
         file.flush()
@@ -124,7 +132,7 @@ class ShardWriter:
         self.jpeg = dict(quality=quality, colorspace="RGB", colorsubsampling=subsampling)
         self.kind, self.offsets, self.bounds, self.clips, self.rows = None, [0], [0], [], []
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.temp = self.path.with_name(f"{index:05d}.bin.{os.getpid()}.tmp")
+        self.temp = temp_path(self.path.with_suffix(".bin"))
         self.file = open(self.temp, "wb")
 
     def add(self, frames, sentence, task="", episode=0, robot_obs=None, rel_actions=None):
@@ -219,8 +227,9 @@ def write_meta(directory, source, fps, command, **extra):
     meta = dict(format_version=FORMAT_VERSION, source=source, cameras=kinds[0][0], fps=fps, counts=counts,
                 has_actions=kinds[0][1], tasks=dict(sorted(tasks.items())), command=command, **extra)
     write_whole(directory / "meta.json", json.dumps(meta, indent=1).encode())
-    for stale in directory.glob("*.tmp"):              # of writers that were killed
-        stale.unlink(missing_ok=True)
+    for kind in "bin", "npz":                          # of killed writers: all shards are done by now
+        for stale in directory.glob(f"*.{kind}.*.tmp"):
+            stale.unlink(missing_ok=True)
 
 
 # Reading
@@ -250,7 +259,7 @@ def load_shard(directory, index):
 def load_meta(directory):
     """Return what DIR/meta.json holds; ClipsError, with what to do, if it is not there or not ours."""
     path = pathlib.Path(directory) / "meta.json"
-    makers = "tabletop.py and prepare_calvin.py make one"
+    makers = "tabletop.py and the prepare_*.py make one"
     if not path.parent.is_dir():
         raise ClipsError(f"{directory}: no such directory; it should be a data set: {makers}")
     if not path.exists() and any(path.parent.glob("*.npz")):
@@ -420,6 +429,21 @@ class Windows(torch.utils.data.Dataset):
         known = ~np.isnan(rel_actions).any(-1)
         return dict(robot_obs=robot_obs, action_mask=known,
                     rel_actions=np.where(known[..., None], rel_actions, np.float32(0)))
+
+
+def contact_sheet(clips, path, count=8, steps=10, side=112, line=18):
+    """Write a PNG: `count` clips drawn from all, a row each: the sentence above the first camera's frames."""
+    some = sorted(random.Random(0).sample(range(len(clips)), min(count, len(clips))))
+    sheet = Image.new("RGB", (side * steps, (side + line) * len(some)), "white")
+    for top, i in zip(range(0, sheet.height, side + line), some):
+        sentence = clips.sentences[i].encode("ascii", "replace").decode()        # what any font can write
+        ImageDraw.Draw(sheet).text((4, top + 3), sentence, "black")
+        frames, = clips.read(i, 0, steps, list(clips.cameras)[:1])["frames"].values()
+        for column, image in enumerate(frames):
+            sheet.paste(Image.fromarray(image).resize((side, side)), (column * side, top + line))
+    content = io.BytesIO()
+    sheet.save(content, "PNG")
+    write_whole(path, content.getvalue())
 
 
 # Checking

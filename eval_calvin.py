@@ -17,11 +17,13 @@ state that the task asks for, counted from the state at which the instruction wa
 from there, without a reset of the world but with the policy's history cleared; the chain ends at the first
 failure. Every episode counts. CALVIN's own simulator is an extra: see calvin.py.
 
-Reads a checkpoint (train.py). Prints the report, writes it to --out: report.md, report.json (every episode);
-during the run episodes.jsonl, a line an episode after a line with the settings, from which --resume goes on.
+Reads a checkpoint (train.py's or the authors'). Prints the report, writes it to --out: report.md, report.json
+(every episode); during the run episodes.jsonl, a line an episode after a line with the settings, from which
+--resume goes on.
 """
 import argparse
 import collections
+import contextlib
 import hashlib
 import json
 import math
@@ -53,7 +55,10 @@ def parse():
     parser = clips.Parser(description="Judge a policy by CALVIN's rules.")
     parser.add_argument("--env", default="tabletop", choices=list(RULES),
                         help="the world (default: tabletop)")
-    parser.add_argument("--checkpoint", default="out/finetune", help="directory that train.py wrote")
+    parser.add_argument("--checkpoint", default="out/finetune",
+                        help="directory that train.py wrote, or the authors' file")
+    parser.add_argument("--mae", metavar="FILE", help="MAE's weights (default: as in training, or the hub's)")
+    parser.add_argument("--clip", metavar="FILE", help="likewise CLIP's; none: random, to try things out")
     parser.add_argument("--policy", default="model",
                         choices=["model", "untrained", "random", "noop", "scripted"])
     parser.add_argument("--preset", default="tiny", choices=list(gr1.PRESETS),
@@ -150,8 +155,10 @@ def load_policy(args):
     if args.policy == "untrained":
         torch.manual_seed(args.seed)
         config = gr1.preset_config(args.preset)
-        return gr1.Policy(gr1.GR1(config, *gr1.build_encoders(config, "none", "none")).to(device))
-    return gr1.Policy(gr1.GR1.from_pretrained(args.checkpoint).to(device))
+        encoders = gr1.build_encoders(config, args.mae or "none", args.clip or "none")
+        return gr1.Policy(gr1.GR1(config, *encoders).to(device))
+    model = gr1.GR1.from_pretrained(args.checkpoint, vision=args.mae, text=args.clip)
+    return gr1.Policy(model.to(device))
 
 
 # ---------------------------------------------------------------------------------------- one model for all
@@ -366,7 +373,8 @@ def hire(context, args):
 def play_all(args, jobs):
     """Play the jobs on --workers processes: yields results as they come. A worker's death is a ModelError."""
     context, todo, crew, given = multiprocessing.get_context("spawn"), collections.deque(jobs), {}, {}
-    server = Server(load_policy(args)) if args.serve else None
+    with contextlib.redirect_stdout(None):                    # what was loaded has been said
+        server = Server(load_policy(args)) if args.serve else None
     try:
         while todo or crew:
             while todo and len(crew) < min(args.workers, len(jobs)):
@@ -501,9 +509,7 @@ def settings(args):
     said = dict(env=args.env, scene=args.scene, policy=args.policy, language=language, seed=args.seed,
                 chains=args.chains)
     if args.policy == "model":
-        weights = pathlib.Path(args.checkpoint) / "model.safetensors"
-        said["checkpoint"] = (f"step {gr1.read_config(args.checkpoint).get('step')}, "
-                              f"sha256 {hashlib.sha256(weights.read_bytes()).hexdigest()[:16]}")
+        said["checkpoint"] = fingerprint(args.checkpoint)
     if args.policy == "untrained":
         said["preset"] = args.preset
     if args.env == "tabletop":
@@ -511,6 +517,17 @@ def settings(args):
     drawn = calvin.probe(renderer(args))                      # here, before any worker finds out the hard way
     return said | {"calvin_env": calvin.commit(),
                    "renderer": drawn if looks(args) else "none: the policy doesn't look"}
+
+
+def fingerprint(checkpoint):
+    """What tells a checkpoint of train.py's or a file of the authors' from any other."""
+    path = pathlib.Path(checkpoint)
+    with open(path / "model.safetensors" if path.is_dir() else path, "rb") as file:
+        digest = hashlib.sha256()
+        while part := file.read(1 << 24):
+            digest.update(part)
+    step = gr1.read_config(checkpoint).get("step")
+    return f"{'' if step is None else f'step {step}, '}sha256 {digest.hexdigest()[:16]}"
 
 
 def jobs_of(args):

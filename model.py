@@ -7,8 +7,10 @@ tokens, and learned query tokens: [ACT] asks "what should the arm do?", [OBS] as
 a few frames from now?". Pre-training on human video is the same model with one camera and without the robot.
 
     python model.py [--preset tiny]      prints the token layout, the attention mask and the parameters
+    python model.py --bench              times acting and training against the official way to compute them
 
-In this order: config and tokens, mask, small parts, resampler, trunk, heads, encoders, GR1, losses, policy.
+In this order: config and tokens, mask, small parts, resampler, trunk, heads, encoders, GR1, authors' files,
+losses, policy, benchmark.
 
 Glossary of shapes
     B  batch          T  timesteps of the window         C  context tokens of a timestep
@@ -17,13 +19,19 @@ Glossary of shapes
     N  images         S  side of an image [px]           Dv, Dt  features of the image, text encoder
 """
 import argparse
+import copy
 import dataclasses
 import difflib
 import json
 import logging
 import math
 import os
+import pathlib
 import pickle
+import re
+import struct
+import time
+import warnings
 import zlib
 from collections import deque
 from dataclasses import dataclass, field
@@ -363,9 +371,13 @@ class DecoderBlock(nn.Module):
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = mlp(width, nn.GELU())
 
-    def forward(self, x):
-        q, k, v = self.qkv(self.norm1(x)).chunk(3, -1)
-        x = x + self.proj(attend(q, k, v, self.heads))
+    def forward(self, x, shared=None):
+        """x (N, M, D) -> (N, M, D). shared (P, D): tokens that all N have behind theirs, -> (N, M + P, D)."""
+        qkv = self.qkv(self.norm1(x))
+        if shared is not None:
+            qkv = torch.cat([qkv, self.qkv(self.norm1(shared)).expand(len(x), -1, -1)], 1)
+            x = torch.cat([x, shared.expand(len(x), -1, -1)], 1)
+        x = x + self.proj(attend(*qkv.chunk(3, -1), self.heads))
         return x + self.mlp(self.norm2(x))
 
 
@@ -392,8 +404,8 @@ class VideoHead(nn.Module):
     def forward(self, x, camera, now):
         """x (N, L + 1, D), present frames now (N, 3, S, S) -> (N, P, patch * patch * 3)."""
         masks = self.mask_token + getattr(self, f"positions_{camera}")                     # (P, D)
-        x = torch.cat([self.embed(x), masks.expand(len(x), -1, -1)], 1)
-        for block in self.blocks:
+        x = self.blocks[0](self.embed(x), shared=masks)
+        for block in self.blocks[1:]:
             x = block(x)
         x = self.pixels(self.norm(x[:, -len(masks):]))
         if self.copy_gate:
@@ -418,13 +430,9 @@ class MAEVision(nn.Module):
         name = "vit_base_patch16_224.mae"
         self.vit = hub_or_explain(
             lambda: timm.create_model(name, pretrained=weights == "hub", num_classes=0),
-            f"image encoder timm/{name}", "--vision-weights", "mae_pretrain_vit_base.pth")
+            f"image encoder timm/{name}", "--mae", "mae_pretrain_vit_base.pth")
         if weights not in ("hub", "none"):
             load_file_into(self.vit, weights)
-        self.requires_grad_(False)
-
-    def train(self, mode=True):
-        return super().train(False)                      # frozen: dropout and the like stay off
 
     @torch.no_grad()
     def forward(self, images):
@@ -434,7 +442,8 @@ class MAEVision(nn.Module):
 
 class CLIPText(nn.Module):
     """The paper's text encoder: CLIP ViT-B/32's text tower, frozen. A list of B sentences -> (B, 512).
-    weights: "hub" (open_clip's "openai"), "none" (random), or an open_clip state dict file.
+    weights: "hub" (open_clip's "openai"), "none" (random), or open_clip's state dict file (OpenAI's own
+    ViT-B-32.pt is a program, not a state dict, and is refused).
     """
     frozen = True
 
@@ -444,15 +453,11 @@ class CLIPText(nn.Module):
         name = "ViT-B-32-quickgelu"
         clip = hub_or_explain(
             lambda: open_clip.create_model(name, pretrained="openai" if weights == "hub" else None),
-            f"text encoder open_clip {name} 'openai'", "--text-weights", "open_clip_model.safetensors")
+            f"text encoder open_clip {name} 'openai'", "--clip", "open_clip_model.safetensors")
         if weights not in ("hub", "none"):
             load_file_into(clip, weights)
         del clip.visual, clip.logit_scale
         self.clip, self.tokenize, self.cache = clip, open_clip.get_tokenizer(name), {}
-        self.requires_grad_(False)
-
-    def train(self, mode=True):
-        return super().train(False)
 
     @torch.no_grad()
     def forward(self, sentences):
@@ -518,11 +523,18 @@ class HashText(nn.Module):
         return torch.tensor(np.stack(rows), dtype=torch.float32, device=self.device_of.device)
 
 
-def build_encoders(config, vision_weights="hub", text_weights="hub"):
-    """The encoders of a preset: (vision, text). The weights arguments ("hub", "none" or a file) are gr1's."""
-    if config.preset == "tiny":
-        return TinyVision(config.vision_dim), HashText(config.text_dim)
-    return MAEVision(vision_weights), CLIPText(text_weights)
+def build_encoders(config, vision="hub", text="hub"):
+    """The encoders of a preset: (vision, text). One that is given as a module stays; for the gr1 preset a
+    string says where the weights come from: "hub", "none" (random) or a file.
+    """
+    for given in vision, text:
+        if config.preset == "tiny" and isinstance(given, str) and given not in ("hub", "none"):
+            raise ModelError(f"the tiny preset has encoders of its own: {given} is for --preset gr1")
+    if isinstance(vision, str):
+        vision = TinyVision(config.vision_dim) if config.preset == "tiny" else MAEVision(vision)
+    if isinstance(text, str):
+        text = HashText(config.text_dim) if config.preset == "tiny" else CLIPText(text)
+    return vision, text
 
 
 def hub_or_explain(build, what, flag, file):
@@ -560,20 +572,30 @@ def read_weights(path):
         if str(path).endswith(".safetensors"):
             with safe_open(path, "pt") as f:
                 return {k: f.get_tensor(k) for k in f.keys()}
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, LookupError,
-            AssertionError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")              # torch's guesses; ours is the line that is printed
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError,
+            AssertionError, struct.error) as error:
         raise ModelError(f"{path} is not a readable weights file ({type(error).__name__})") from error
     except pickle.UnpicklingError as error:
         raise ModelError(f"{path} is not a plain weights file; it was not opened further") from error
-    return state.get("model", state) if isinstance(state, dict) else {}
+    for key in "state_dict", "model":                    # where the authors, and MAE's, put them
+        state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
+    other = [state] if not isinstance(state, dict) else [
+        k for k, v in state.items() if not (isinstance(k, str) and torch.is_tensor(v))]
+    if other or not state:
+        raise ModelError(f"{path} is no weights file: it holds "
+                         + (f"{str(other[0])[:40]!r}, which is no tensor" if other else "no tensor"))
+    return state
 
 
 # ------------------------------------------------------------------------------------------ GR-1
 
 class GR1(nn.Module):
     """The whole model (paper Sec. 3, Fig. 2). vision: images (N, 3, S, S) -> CLS (N, Dv), patches (N, P, Dv);
-    text: list of B sentences -> (B, Dt). Both are arguments, so any encoder of these shapes will do.
+    text: list of B sentences -> (B, Dt). Both are arguments, so any module of these shapes will do; one that
+    is trained and saved with the rest says so by `frozen = False`.
     """
 
     def __init__(self, config, vision, text):
@@ -594,7 +616,18 @@ class GR1(nn.Module):
         if config.video:
             self.query_obs = nn.ParameterDict({c: torch.zeros(config.latents + 1, D) for c in config.cameras})
             self.video_head = VideoHead(config)
+        for name in self.frozen():
+            getattr(self, name).requires_grad_(False)
         self.init_weights()
+
+    def frozen(self):
+        return [name for name in ("vision", "text") if getattr(getattr(self, name), "frozen", True)]
+
+    def train(self, mode=True):
+        super().train(mode)
+        for name in self.frozen():
+            getattr(self, name).eval()                   # dropout and the like stay off
+        return self
 
     def init_weights(self):
         """One table of initial spreads; biases 0, norms 1, frozen encoders untouched.
@@ -606,7 +639,7 @@ class GR1(nn.Module):
             learned tokens       0.02          they are normalised before use
             vision.identity      1             the tiny preset's keypoints must differ from the start
         """
-        frozen = self.frozen_prefixes()
+        frozen = tuple(f"{name}." for name in self.frozen())
         special = {"embed_language.weight": 1.0, "embed_arm.weight": torch.tensor([5, 5, 5, 0.1, 0.1, 0.1]),
                    "vision.identity": 1.0}
         depth = {"trunk": self.config.layers, "video_head": self.config.decoder_depth,
@@ -702,11 +735,8 @@ class GR1(nn.Module):
 
     def trained_state(self):
         """State dict without the frozen encoders."""
-        frozen = self.frozen_prefixes()
+        frozen = tuple(f"{name}." for name in self.frozen())
         return {k: v for k, v in self.state_dict().items() if not k.startswith(frozen)}
-
-    def frozen_prefixes(self):
-        return tuple(f"{name}." for name in ("vision", "text") if getattr(self, name).frozen)
 
     def load_trained(self, state, source, may_miss=()):
         """Strictly load tensors {name: tensor}; names that start with one of may_miss may be absent, start
@@ -728,22 +758,220 @@ class GR1(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, config=None, vision=None, text=None):
-        """Load a checkpoint directory written by train.py (model.safetensors + config.json).
-        config: overrides the stored one; vision, text: encoders, built from the config's preset where None.
+        """Load a checkpoint and print what was done with every tensor of it; its keys tell what it is:
+            a directory that train.py wrote, or its model.safetensors
+            the authors' GR-1 (bytedance/GR-1: snapshot_ABCD.pt, snapshot_ABC.pt)
+            their Ego4D pre-training (bytedance/GR-MG: pretrained.pt); the robot's parts start fresh
+        config: overrides the stored one; a file without one gets the gr1 preset. vision, text: see
+        build_encoders; None: as the checkpoint was trained. Raises ModelError that names what does not fit.
         """
-        stored = read_config(path)
-        config = config or GR1Config.from_dict(stored["model"])
-        if vision is None or text is None:
-            built = build_encoders(config, **stored.get("encoders", {}))
-            vision, text = vision or built[0], text or built[1]
-        model = cls(config, vision, text)
-        model.load_trained(read_weights(os.path.join(path, "model.safetensors")), path)
+        stored, state = read_config(path), read_checkpoint(path)
+        config = config or (GR1Config.from_dict(stored["model"]) if stored else GR1Config())
+        encoders = stored.get("encoders", {})
+        vision = encoders.get("vision_weights", "hub") if vision is None else vision
+        text = encoders.get("text_weights", "hub") if text is None else text
+        model = cls(config, *build_encoders(config, vision, text))
+        print("weights: " + model.load_pretrained(state, path))
         return model.eval()
+
+    def load_pretrained(self, state, path, fresh=(), may_miss=()):
+        """Load the tensors of a checkpoint, see read_checkpoint and from_pretrained. The parts `fresh` start
+        anew though the file has them, those of may_miss where it has not.
+        Returns the report: what was loaded, what was left out and why, what starts fresh.
+        """
+        count, (kind, lacks) = len(state), checkpoint_kind(state, path, self.config.cameras)
+        if kind == OURS:
+            left = {name: STARTS_FRESH for name in state if name.split(".")[0] in fresh}
+            state = {name: tensor for name, tensor in state.items() if name not in left}
+        else:
+            state, left = translate(state, self, path, fresh)
+        missing = self.load_trained(state, path, (*lacks, *may_miss, *fresh))
+        lines = [f"{count - len(left)} of the {count} tensors in {path}, {kind}"]
+        for why in dict.fromkeys(left.values()):
+            names = [name for name in left if left[name] == why]
+            lines += [f"  left out {len(names)} ({names[0]}{', ...' if names[1:] else ''}): {why}"]
+        if missing:
+            names = dict.fromkeys(re.sub(r"\.(weight|bias)$", "", name) for name in missing)
+            lines += [f"  not loaded, so random until trained: {', '.join(names)}"]
+        return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------ authors' files
+
+OURS, STARTS_FRESH = "nanoGR's own", "to start fresh"
+ROBOT_PARTS = ("embed_arm", "embed_gripper", "embed_state", "query_act", "action_head")
+
+# Our name, bytedance/GR-1's; # is a layer's number, and a name without .weight or .bias stands for both.
+# GPT-2's matrices (.h.) are stored (in, out), and its attn.c_attn holds attn.q and attn.kv.
+OFFICIAL_NAMES = """
+    embed_language                   embed_lang
+    embed_arm                        embed_arm_state
+    embed_gripper                    embed_gripper_state
+    embed_state                      embed_state
+    embed_latents.rgb_static         embed_patch
+    embed_latents.rgb_gripper        embed_hand_patch
+    embed_cls.rgb_static             embed_img
+    embed_cls.rgb_gripper            embed_hand_img
+    timestep                         embed_timestep.weight
+    query_act                        action_queries.weight
+    query_obs.rgb_static             obs_queries.weight
+    query_obs.rgb_gripper            obs_hand_queries.weight
+    resampler.latents                perceiver_resampler.latents
+    resampler.media_position         perceiver_resampler.media_pos_emb
+    resampler.norm                   perceiver_resampler.norm
+    resampler.layers.#.norm_patches  perceiver_resampler.layers.#.0.norm_media
+    resampler.layers.#.norm_latents  perceiver_resampler.layers.#.0.norm_latents
+    resampler.layers.#.q             perceiver_resampler.layers.#.0.to_q
+    resampler.layers.#.kv            perceiver_resampler.layers.#.0.to_kv
+    resampler.layers.#.proj          perceiver_resampler.layers.#.0.to_out
+    resampler.layers.#.norm_mlp      perceiver_resampler.layers.#.1.0
+    resampler.layers.#.mlp.0         perceiver_resampler.layers.#.1.1
+    resampler.layers.#.mlp.2         perceiver_resampler.layers.#.1.3
+    trunk.embed_norm                 embed_ln
+    trunk.norm                       transformer.ln_f
+    trunk.blocks.#.norm1             transformer.h.#.ln_1
+    trunk.blocks.#.norm2             transformer.h.#.ln_2
+    trunk.blocks.#.q                 transformer.h.#.attn.q
+    trunk.blocks.#.kv                transformer.h.#.attn.kv
+    trunk.blocks.#.proj              transformer.h.#.attn.c_proj
+    trunk.blocks.#.mlp.0             transformer.h.#.mlp.c_fc
+    trunk.blocks.#.mlp.2             transformer.h.#.mlp.c_proj
+    action_head.fc1                  pred_act_mlps.0
+    action_head.fc2                  pred_act_mlps.1
+    action_head.arm                  pred_arm_act
+    action_head.gripper              pred_gripper_act
+    video_head.blocks.#.norm1        decoder_blocks.#.norm1
+    video_head.blocks.#.norm2        decoder_blocks.#.norm2
+    video_head.blocks.#.qkv          decoder_blocks.#.attn.qkv
+    video_head.blocks.#.proj         decoder_blocks.#.attn.proj
+    video_head.embed                 decoder_embed
+    video_head.blocks.#.mlp.0        decoder_blocks.#.mlp.fc1
+    video_head.norm                  decoder_norm
+    video_head.blocks.#.mlp.2        decoder_blocks.#.mlp.fc2
+    video_head.pixels                decoder_pred
+    video_head.mask_token            mask_token
+    trunk.unused_wte                 transformer.wte.weight
+"""
+THEIRS = {theirs: ours for ours, theirs in map(str.split, OFFICIAL_NAMES.strip().splitlines())}
+
+# What the authors' files carry and GR-1 does not need: a pattern of names, and why.
+LEFT_OUT = {
+    r"(model_clip|text_encoder)\.": "CLIP, frozen: read from its own weights",
+    r"model_mae\.": "MAE, frozen: read from its own weights",
+    r"transformer\.h\.\d+\.attn\.(masked_)?bias$": "GPT-2's causal mask, made anew",
+    r"transformer\.wpe\.": "GPT-2's positions, which the official code never adds",
+    r"decoder_pos_embed$": "fixed sin-cos positions, equal to those computed here",
+    r"embed_goal_(image|patch)\.": "GR-MG's goal image, which GR-1 has not",
+}
+
+
+def checkpoint_kind(state, path, cameras=()):
+    """What a file is, by its keys: -> (words for it, the parts which such a file may lack)."""
+    lacks = ("trunk.unused_wte", "vision", "text")       # an encoder that trains along is not the authors'
+    if any(name.startswith("trunk.") for name in state):
+        return OURS, ()
+    if not any(name.removeprefix("model.") == "embed_lang.weight" for name in state):
+        raise ModelError(f"{path} is no GR-1 checkpoint, ours or the authors' "
+                         f"(it has {', '.join(list(state)[:3])})")
+    if not any(name.startswith("model.") for name in state):
+        return "the authors' GR-1", lacks
+    return "the authors' GR-MG, pre-trained on Ego4D", finetuning_parts(cameras) + lacks
+
+
+def finetuning_parts(cameras):
+    """What finetuning has and pre-training lacks: the robot's parts, and those of cameras after the first."""
+    return ROBOT_PARTS + tuple(f"{part}.{camera}" for camera in list(cameras)[1:]
+                               for part in ("embed_latents", "embed_cls", "query_obs"))
+
+
+def translate(state, model, path, fresh=()):
+    """The authors' tensors by our names, and why the others are left out: ({ours: tensor}, {theirs: why}).
+    Raises ModelError that names the first key or shape which no rule explains.
+    """
+    ours, left, own = {}, {}, model.trained_state()
+    for key, tensor in state.items():
+        name = key.removeprefix("model.")
+        why = next((why for pattern, why in LEFT_OUT.items() if re.match(pattern, name)), None)
+        if name == "decoder_pos_embed" and model.config.video:
+            check_positions(tensor, model, f"{path}: {key}")
+        for part, value in split_qkv(name, tensor).items() if not why else ():
+            target = our_name(part)
+            anew = target and target.split(".")[0] in fresh
+            why = STARTS_FRESH if anew else switched_off(target, model.config)
+            if why:
+                continue
+            if target not in own or target in ours:
+                raise ModelError(f"{path}: this model has no place for {key} {tuple(tensor.shape)}")
+            shape = own[target].shape                    # theirs may have more axes, of length 1, in front
+            if value.numel() != shape.numel() or value.shape[value.dim() - len(shape):] != shape:
+                raise ModelError(f"{path} is a checkpoint of another shape: {key} is {tuple(tensor.shape)}, "
+                                 f"this model's {target} {tuple(shape)}")
+            ours[target] = value.reshape(shape)
+        if why:
+            left[key] = why
+    return ours, left
+
+
+def split_qkv(name, tensor):
+    """GPT-2's matrices turned to (out, in); c_attn as q and kv: {name: tensor}."""
+    tensor = tensor.T if ".h." in name and tensor.dim() == 2 else tensor
+    if ".c_attn." not in name or not tensor.dim():
+        return {name: tensor}
+    parts = zip(("q", "kv"), tensor.tensor_split([len(tensor) // 3]))
+    return {name.replace("c_attn", part): value for part, value in parts}
+
+
+def check_positions(table, model, where):
+    """Raise ModelError unless the authors' table of sin-cos positions is the one computed here."""
+    own = next(getattr(model.video_head, f"positions_{camera}") for camera in model.config.cameras)
+    if table.shape[1:] != own.shape or not torch.allclose(table[0].float(), own, atol=1e-2):   # may be bf16
+        raise ModelError(f"{where} {tuple(table.shape)} is not the table of positions {tuple(own.shape)} "
+                         "that this model computes")
+
+
+def switched_off(name, config):
+    """Why this config has no tensor `name`, one of ours or None; None if it should have it."""
+    part, *rest = name.split(".") if name else [""]
+    if part in ROBOT_PARTS and not config.robot:
+        return "the robot, which this config leaves out"
+    if part in ("query_obs", "video_head") and not config.video:
+        return "[OBS], which this config leaves out"
+    if part in ("embed_latents", "embed_cls", "query_obs") and rest[0] not in config.cameras:
+        return f"camera {rest[0]}, which this config leaves out"
+    return None
+
+
+def our_name(theirs):
+    """Our name of the authors' tensor `theirs`, or None."""
+    plain, suffix = re.fullmatch(r"(.*?)(\.weight|\.bias)?", theirs, re.DOTALL).groups("")
+    number = re.search(r"\.(\d+)\b", plain)
+    general = re.sub(r"\.\d+\b", ".#", plain, count=1)
+    for name, end in ((theirs, ""), (plain, suffix), (general, suffix)):
+        if name in THEIRS:
+            return THEIRS[name].replace("#", number[1] if number else "") + end
+    return None
+
+
+# ------------------------------------------------------------------------------------------ checkpoint files
+
+def read_checkpoint(path):
+    """Tensors by name of a directory that train.py wrote, or of a file, see read_weights. Raises ModelError
+    if they are no GR-1's: callers read first, and fetch encoders and build a model for a good file only.
+    """
+    state = read_weights(os.path.join(path, "model.safetensors") if os.path.isdir(path) else path)
+    checkpoint_kind(state, path)
+    return state
 
 
 def read_config(path):
-    """config.json of a checkpoint directory as a dict with keys model, encoders, train, step."""
-    name = os.path.join(path, "config.json")
+    """config.json of a checkpoint directory (or of its model.safetensors) as a dict with keys model,
+    encoders, train, step; {} for any other file.
+    """
+    if not os.path.exists(path):
+        raise ModelError(f"no checkpoint in '{path}': no such file or directory; train.py makes one")
+    name = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "config.json")
+    if os.path.isfile(path) and not (os.path.basename(path) == "model.safetensors" and os.path.isfile(name)):
+        return {}
     if not os.path.isfile(name):
         raise ModelError(f"no checkpoint in '{path}': train one with train.py, or name its directory with "
                          "--checkpoint")
@@ -863,7 +1091,7 @@ class Policy:
         state = torch.as_tensor(observation["robot_obs"], dtype=torch.float32, device=self.device)
         self.history.append((images[0], model.encode_state(state)))
         arm, gripper = model.action_head(self.ask(model.query_act))
-        return arm[0].clamp(-1, 1).cpu().numpy(), gripper[0].cpu().numpy()
+        return arm[0].float().clamp(-1, 1).cpu().numpy(), gripper[0].float().cpu().numpy()
 
     def ask(self, queries):
         """Answers (1, R, D) to queries (R, D) put at the window's last step."""
@@ -895,6 +1123,173 @@ def draw(prediction, now, config):
         seen = patchify(now, config.patch)
         prediction = prediction * (seen.var(-1, keepdim=True).sqrt() + 1e-6) + seen.mean(-1, keepdim=True)
     return unpatchify(prediction, config.patch)
+
+
+# ------------------------------------------------------------------------------------------ benchmark
+
+def naive_trunk(trunk, context, queries, query_steps, mask=None):
+    """What Trunk computes without dropout, as the official code does it: every token, in order of time, is
+    query, key and value, and what may not be seen is hidden behind -inf (there -1e4: the same for all who see
+    any key). Shapes as in Trunk.forward.
+    """
+    batch, steps, tokens, _ = context.shape
+    n, device = steps * tokens, context.device
+    query_steps = torch.as_tensor(query_steps, device=device)
+    at = torch.cat([torch.arange(steps, device=device).repeat_interleave(tokens), query_steps])
+    order = at.argsort(stable=True)                    # of a timestep, the context comes before the queries
+    is_key = (order < n).expand(batch, -1)
+    if mask is not None:
+        is_key = is_key & mask[:, at[order]]
+    may = torch.ones(len(order), len(order), device=device).tril().bool() & is_key[:, None]
+    x = trunk.embed_norm(torch.cat([context.flatten(1, 2), queries], 1)[:, order])
+    for block in trunk.blocks:
+        h = block.norm1(x)
+        q, k, v = (t.unflatten(-1, (block.heads, -1)).transpose(1, 2)
+                   for t in (block.q(h), *block.kv(h).chunk(2, -1)))
+        scores = (q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])).masked_fill(~may[:, None], -math.inf)
+        x = x + block.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        x = x + block.mlp(block.norm2(x))
+    return trunk.norm(x)[:, order.argsort()][:, n:]
+
+
+class Given(nn.Module):
+    """A frozen encoder that gives one answer to everything, so that only the rest of the model is timed."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, inputs):
+        return self.answer
+
+
+def in_turn(calls, device, seconds=20):
+    """Median milliseconds of each call. All are called in turn for about `seconds`, at least three times."""
+    times = [[] for _ in calls]
+    start = time.perf_counter()
+    while len(times[-1]) < 4 or time.perf_counter() - start < seconds:
+        for call, spent in zip(calls, times):
+            begin = time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            spent.append(1000 * (time.perf_counter() - begin))
+    return [float(np.median(spent[1:])) for spent in times]                      # the first call warms up
+
+
+def memory(device, peak=False, new_peak=False):
+    """MiB in use, or at the peak: the GPU's, or this process' (on Linux; else nan). new_peak: forget it."""
+    if device.type == "cuda":
+        used = torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+        if new_peak:
+            torch.cuda.reset_peak_memory_stats()
+        return used / 2 ** 20
+    try:
+        lines = dict(x.split(":", 1) for x in pathlib.Path("/proc/self/status").read_text().splitlines())
+        if new_peak:
+            pathlib.Path("/proc/self/clear_refs").write_text("5")
+        return int(lines["VmHWM" if peak else "VmRSS"].split()[0]) / 1024
+    except (OSError, KeyError):
+        return math.nan
+
+
+def as_the_original(model):
+    """A copy of the model that computes its trunk the original's way."""
+    copied = copy.deepcopy(model)
+    copied.trunk.forward = lambda *inputs: naive_trunk(copied.trunk, *inputs)
+    return copied
+
+
+def acting_calls(ours, theirs, device):
+    """-> (the original's way, ours) to act at one more step; each returns arm and gripper (7,).
+
+    The original takes the whole window anew: it encodes every frame and the sentence, and asks every [ACT].
+    """
+    config, sentence, policy = ours.config, "open the drawer", Policy(ours)
+    theirs.config = dataclasses.replace(config, video=False)                     # it asks no [OBS] either
+    frames = {c: torch.randint(256, (config.window, side, side, 3), dtype=torch.uint8)
+              for c, side in config.cameras.items()}
+    pixels = {c: to_pixels(x.permute(0, 3, 1, 2)[None], x.shape[1]) for c, x in frames.items()}
+    states = torch.randn(config.window, 15)
+    seen = [{c: x[t].numpy() for c, x in frames.items()} | {"robot_obs": states[t].numpy()}
+            for t in range(config.window)]
+
+    @torch.no_grad()
+    def original():
+        getattr(theirs.text, "cache", {}).clear()
+        out = theirs({c: x.to(device) for c, x in pixels.items()}, [sentence], states[None].to(device))
+        return torch.cat([out["arm"][0, -1].clamp(-1, 1), out["gripper"][0, -1, :, None]], -1).float().cpu()
+
+    def here(observation=seen[-1]):
+        arm, gripper = policy.actions(observation, sentence)
+        return torch.tensor(np.concatenate([arm, gripper[:, None]], -1))
+
+    for observation in seen[:-1]:
+        here(observation)
+    return original, here
+
+
+def training_calls(ours, batch, device):
+    """-> (model, (the original's way, ours) to compute losses and gradients). Image features are given."""
+    config = ours.config
+    pixels = {c: torch.randn(batch, config.window + config.future, 3, side, side, device=device)
+              for c, side in config.cameras.items()}
+    mask = torch.ones(batch, config.window, dtype=torch.bool, device=device)
+    data = dict(robot_obs=torch.randn(batch, config.window, 15, device=device), future_mask=mask,
+                rel_actions=torch.randn(batch, config.window, config.chunk, 7, device=device),
+                action_mask=mask[..., None].expand(-1, -1, config.chunk))
+    with torch.no_grad():
+        features = [torch.randn(batch * config.window, *x.shape[1:], device=device)
+                    for x in ours.vision(next(iter(pixels.values()))[0, :1])]
+    given = GR1(config, Given(features), Given(torch.randn(batch, config.text_dim, device=device)))
+    own = given.trained_state()                          # without the encoder that the tiny preset trains
+    given.load_trained({k: v for k, v in ours.trained_state().items() if k in own}, "bench")
+    given = given.to(device).eval()                      # dropout off
+
+    def step(model):
+        out = model({c: x[:, :config.window] for c, x in pixels.items()}, [], data["robot_obs"], mask)
+        sum(losses(out, data, pixels, config).values()).backward()
+        model.zero_grad()
+    original = as_the_original(given)
+    return given, (lambda: step(original), lambda: step(given))
+
+
+def bench(config, batch=2, seconds=20):
+    """Print what acting and a training step cost with the original's window and trunk, and with ours.
+    Encoders, resampler and heads are the same on both sides.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gpu, threads = device.type == "cuda", torch.get_num_threads()
+    torch.manual_seed(0)
+    ours = GR1(config, *build_encoders(config, "none", "none")).to(device).eval()
+    acting = acting_calls(ours, as_the_original(ours), device)
+    given, training = training_calls(ours, batch, device)
+    original, here = (call() for call in acting)
+    print(f"\n{torch.cuda.get_device_name() if gpu else 'CPU'}, medians of calls in turn; outputs differ by "
+          f"{(original - here).abs().max():.0e}\n{'':<54}{'original':>10}{'here':>10}{'ratio':>8}")
+
+    def row(name, original, here):
+        ratio = original / here if here else math.nan
+        print(f"{name:<54}{original:>10,.1f}{here:>10,.1f}{ratio:>8.1f}", flush=True)
+
+    before, peaks = memory(device, new_peak=True), []
+    for call in reversed(training):                      # ours first: a process keeps what it once needed
+        call()
+        peaks.append(memory(device, peak=True, new_peak=True) - before)
+    row(f"train, batch {batch} [MiB at the peak]", *reversed(peaks))
+    variants = [(f"{n} thread{'s' * (n > 1)}", n, False, False) for n in sorted({1, os.cpu_count()})]
+    if gpu:
+        variants = [(name, threads, name != "float32", name.endswith("compiled"))
+                    for name in ("float32", "bfloat16", "bfloat16, ours compiled")]
+    for name, n, half, compiled in variants:
+        torch.set_num_threads(n)
+        if compiled:
+            for part in ours.vision, ours.resampler, ours.trunk, given.resampler, given.trunk:
+                part.compile()
+        with torch.autocast(device.type, torch.bfloat16, half):
+            row(f"act, batch 1, {name} [ms]", *in_turn(acting, device, seconds))
+            row(f"train, batch {batch}, {name} [ms]", *in_turn(training, device, seconds))
+    torch.set_num_threads(threads)
 
 
 # ------------------------------------------------------------------------------------------ python model.py
@@ -938,15 +1333,19 @@ def main():
                                      allow_abbrev=False)
     parser.add_argument("--preset", default="gr1", help="gr1 (the paper's, default) or tiny (a laptop's)")
     parser.add_argument("--stage", default="finetune", choices=["pretrain", "finetune"])
+    parser.add_argument("--bench", action="store_true",
+                        help="what acting and training cost, computed as the official code does and as here")
     args = parser.parse_args()
     try:
         config = preset_config(args.preset, args.stage)
+        describe(config)
+        count_parameters(GR1(config, *build_encoders(config, "none", "none")))
+        if args.preset == "gr1" and args.stage == "finetune":
+            print("  the paper's            46 M trained of 195 M (Sec. 4.1)")
+        if args.bench:
+            bench(config)
     except ModelError as error:
         raise SystemExit(f"error: {error}") from error
-    describe(config)
-    count_parameters(GR1(config, *build_encoders(config, "none", "none")))
-    if args.preset == "gr1" and args.stage == "finetune":
-        print("  the paper's            46 M trained of 195 M (Sec. 4.1)")
 
 
 if __name__ == "__main__":

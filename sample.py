@@ -7,9 +7,9 @@ Look at a policy: roll it out in the embedded tabletop, and lay what it foresees
     python sample.py --show-predictions --data DIR          # on recorded clips: nobody acts
     python sample.py --show-predictions --data DIR --checkpoint out/pretrain      # a model without a robot
 
-Reads a checkpoint (train.py) and maybe packed clips (clips.py). Writes into --out, per rollout or clip:
-NAME.gif, the cameras with sentence and outcome; with predictions also NAME.png, a sheet of about eight
-moments: true now / predicted t+F / true t+F / error, for each camera. F is the model's `future`.
+Reads a checkpoint (train.py's or the authors') and maybe packed clips (clips.py). Writes into --out, per
+rollout or clip: NAME.gif, the cameras with sentence and outcome; with predictions also NAME.png, a sheet of
+about eight moments: true now / predicted t+F / true t+F / error, for each camera. F is the model's `future`.
 """
 import difflib
 import io
@@ -35,7 +35,10 @@ HEAT = 4                       # the error is drawn so many times brighter
 
 def parse():
     parser = clips.Parser(description="Rollouts and predicted frames as pictures.")
-    parser.add_argument("--checkpoint", help="directory that train.py wrote (default: out/finetune)")
+    parser.add_argument("--checkpoint",
+                        help="directory that train.py wrote, or the authors' file (default: out/finetune)")
+    parser.add_argument("--mae", metavar="FILE", help="MAE's weights (default: as in training, or the hub's)")
+    parser.add_argument("--clip", metavar="FILE", help="likewise CLIP's; none: random, to try things out")
     parser.add_argument("--instruction", help="your sentence for every rollout (default: the tasks')")
     parser.add_argument("--scene", default="D", choices=list(tabletop.SCENES))
     parser.add_argument("--show-predictions", action="store_true", help="show what the model foresees")
@@ -60,7 +63,7 @@ def load_model(args):
                              "--checkpoint out/pretrain --data DIR to see what a pre-trained one foresees")
     args.checkpoint = args.checkpoint or "out/finetune"
     args.trained = gr1.read_config(args.checkpoint)
-    model = gr1.GR1.from_pretrained(args.checkpoint)
+    model = gr1.GR1.from_pretrained(args.checkpoint, vision=args.mae, text=args.clip)
     if args.show_predictions and not model.config.video:
         raise gr1.ModelError(f"{args.checkpoint} was trained without [OBS]: it predicts no frames to show")
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -272,7 +275,7 @@ def draw_take(args, model, take, out):
     if not args.show_predictions:
         write_gif(out / f"{take.name}.gif", [rollout_page(take, caption, t) for t in range(take.length)])
         return torch.zeros(2)
-    notes = [f"checkpoint {args.checkpoint}, step {args.trained.get('step')}; "
+    notes = [f"checkpoint {args.checkpoint}, step {args.trained.get('step', 'unknown')}; "
              f"t+{F}: {F} frame{'s' * (F > 1)}, {F / take.fps:.2f} s, after t"]
     if model.config.norm_pixels:
         notes += ["predictions up to each patch's mean and spread are drawn with those of the last observed "
@@ -300,8 +303,8 @@ def main():
         tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
         raise gr1.ModelError(f"cannot write to --out {out}: {error.strerror}") from None
-    print(f"checkpoint {args.checkpoint} (--checkpoint), step {args.trained.get('step')}, seed {args.seed}, "
-          + (f"tabletop scene {args.scene}" if args.data is None else f"clips of {args.data}"))
+    print(f"checkpoint {args.checkpoint} (--checkpoint), step {args.trained.get('step', 'unknown')}, seed "
+          f"{args.seed}, " + (f"clips of {args.data}" if args.data else f"tabletop scene {args.scene}"))
     verdicts, errors = [], torch.zeros(len(model.config.cameras), 2)
     for take in (rollouts if args.data is None else recorded)(args, model):
         errors += draw_take(args, model, take, out)

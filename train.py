@@ -51,7 +51,7 @@ class TrainConfig:
     out: str = ""                  # "": out/STAGE
     init: str = ""                 # start from this checkpoint; none: fresh; "": out/pretrain if it is there
     fresh: str = ""                # parts that start anew in spite of init, "a,b" or none; "": the preset's
-    seed: int = 0
+    seed: int = 0                  # of weights, windows and noise
     # length and size; an epoch is as many windows as the data has places for one
     batch: int = 0                 # windows a step, over all processes; 0: the preset's
     steps: int = 0                 # 0: the preset's steps or epochs
@@ -63,24 +63,23 @@ class TrainConfig:
     final_lr: float = 0.01         # share of lr at the end
     beta2: float = 0.0             # 0: the preset's
     weight_decay: float = -1.0     # -1: the preset's
-    clip: float = 1.0              # gradient norm
+    clip_grad: float = 1.0         # gradient norm
     arm_weight: float = 100.0      # the official coefficients; the paper's are 1, 1, 1
-    gripper_weight: float = 1.0
+    gripper_weight: float = 1.0    # likewise
     video_weight: float = -1.0     # of each camera; -1: the preset's
     video_steps: int = -1          # timesteps of a window that foresee, at random; 0: all; -1: the preset's
     shift: float = -1.0            # random shift, share of the image side; -1: the preset's
     # the machine
     precision: str = "auto"        # auto: bf16 on a GPU, fp32 on a CPU
-    compile: bool = False
+    compile: bool = False          # torch.compile the model
     workers: int = -1              # loader processes a process; -1: 4 on a GPU, 0 on a CPU
-    # the gr1 preset's frozen encoders: hub, none (random), or a file
-    vision_weights: str = "hub"
-    text_weights: str = ""         # "": hub, or none where --vision-weights is none
+    vision_weights: str = "hub"    # the gr1 preset's frozen MAE: hub, none (random) or a file
+    text_weights: str = ""         # its CLIP, likewise; "": hub, or none where --vision-weights is none
     # watching
     held_out: float = 0.02         # share of the episodes, where the data has no validation/
-    log_every: int = 50
+    log_every: int = 50            # steps
     eval_every: int = 500          # held-out losses, sheet and checkpoint
-    eval_batches: int = 8
+    eval_batches: int = 8          # of at most 64 windows
     resume: bool = False           # go on with the run in --out
 
 
@@ -115,7 +114,8 @@ def parse(argv=None):
             parser.add_argument(flag, action="store_true", help=about)
         else:
             choices = dict(stage=["pretrain", "finetune"], precision=["auto", "bf16", "fp32"]).get(f.name)
-            parser.add_argument(flag, type=f.type, default=f.default, choices=choices, help=about)
+            short = dict(vision_weights=["--mae"], text_weights=["--clip"]).get(f.name, [])
+            parser.add_argument(flag, *short, type=f.type, default=f.default, choices=choices, help=about)
     for name, kind in MODEL_FLAGS.items():
         parser.add_argument(f"--{name}", type=kind, default=None, help="model setting; default: the preset's")
     parser.add_argument("--no-video", action="store_true", help="the paper's ablation without [OBS]")
@@ -316,42 +316,33 @@ def draw_sheet(out, pixels, config, count=8):
 def build(config, changes, world):
     """The model of the preset, from its checkpoint where the run starts from one."""
     model_config = gr1.preset_config(config.preset, config.stage, **changes)
+    found = config.stage == "finetune" and os.path.exists("out/pretrain/config.json")
+    fits = found and gr1.read_config("out/pretrain")["model"].get("preset") == model_config.preset
+    init = "none" if config.resume else config.init or ("out/pretrain" if fits else "none")
+    state = None if init == "none" else gr1.read_checkpoint(init)
     torch.manual_seed(config.seed)
     vision, text = gr1.build_encoders(model_config, config.vision_weights, config.text_weights)
     model = gr1.GR1(model_config, vision, text)
     model.trunk.unused_wte.requires_grad_(False)         # DDP would wait for its gradient
-    if config.resume:
-        return model.to(world.device)                    # its weights are in resume.pt
-    found = config.stage == "finetune" and os.path.exists("out/pretrain/config.json")
-    fits = found and gr1.read_config("out/pretrain")["model"].get("preset") == model_config.preset
-    init = config.init or ("out/pretrain" if fits else "none")
-    if init == "none":
+    if state:
+        start_from(state, init, model, config, world)
+    elif not config.resume:                              # its weights are in resume.pt
         world.print("init: fresh weights (--init CHECKPOINT starts from another run's)")
-    else:
-        start_from(init, model, config, world)
     return model.to(world.device)
 
 
-def start_from(init, model, config, world):
-    """Load checkpoint `init`, except for the parts that this stage adds or that --fresh names."""
+def start_from(state, init, model, config, world):
+    """Load the tensors of checkpoint `init`, but for the parts that this stage adds or that --fresh names."""
     names = {name.split(".")[0] for name in model.trained_state()}
-    anew = tuple(part for part in config.fresh.split(",") if part != "none")
-    for part in anew:
+    fresh = [part for part in config.fresh.split(",") if part != "none"]
+    for part in fresh:
         if part not in names:
             raise gr1.ModelError(f"--fresh {part}: no such part; there are {', '.join(sorted(names))}")
-    state = gr1.read_weights(os.path.join(init, "model.safetensors"))
-    state = {name: tensor for name, tensor in state.items() if name.split(".")[0] not in anew}
-    # finetuning has, and pre-training lacks, the robot and cameras other than the first
-    added = ["embed_arm", "embed_gripper", "embed_state", "query_act", "action_head", *anew]
-    added += [f"{part}.{camera}" for camera in list(model.config.cameras)[1:]
-              for part in ("embed_latents", "embed_cls", "query_obs") if part not in anew]
     try:
-        absent = model.load_trained(state, init, may_miss=added)
+        report = model.load_pretrained(state, init, fresh, gr1.finetuning_parts(model.config.cameras))
     except gr1.ModelError as error:
         raise gr1.ModelError(f"{error}; --init none starts fresh") from error
-    parts = [part for part in added if any(name.startswith(part) for name in absent)]
-    world.print(f"init: {len(state)} tensors from {init} (--init none starts without)"
-                + (f"; fresh: {', '.join(parts)}" if parts else ""))
+    world.print(f"init: {report}\n  (--init none starts without)")
 
 
 def learning_rate(step, config):
@@ -388,8 +379,8 @@ def load_resume(config, model, optimizer, world):
     free = {"resume", "out", "init", "fresh", "workers", "log_every", "eval_every", "eval_batches", "compile"}
     now = dataclasses.asdict(config) | dataclasses.asdict(model.config)
     for key, value in state["config"].items():
-        if key not in free and now[key] != value:
-            raise gr1.ModelError(f"{config.out} was started with {key} {value}, not {now[key]}: "
+        if key not in free and now.get(key) != value:
+            raise gr1.ModelError(f"{config.out} was started with {key} {value}, not {now.get(key)}: "
                                  "give the same, or another --out")
     model.load_trained(state["model"], path)
     optimizer.load_state_dict(state["optimizer"])
@@ -441,7 +432,7 @@ def train_step(step, net, optimizer, loader, config, model_config, world, autoca
                 parts = gr1.losses(out, batch, pixels, model_config, video_at)
             (weighted(parts, config) / config.accumulate).backward()
         named = {name: named.get(name, 0) + x.detach() / config.accumulate for name, x in parts.items()}
-    norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.clip)
+    norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.clip_grad)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return named, norm
@@ -520,4 +511,6 @@ if __name__ == "__main__":
     try:
         main()
     except (clips.ClipsError, gr1.ModelError) as problem:
+        if int(os.environ.get("RANK", 0)):
+            time.sleep(5)                                # the first process says it, and torchrun ends all
         sys.exit(f"error: {str(problem).strip().splitlines()[-1]}")    # the last line of a loader's traceback
