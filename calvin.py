@@ -214,9 +214,10 @@ def fnv(text):
     return value
 
 
-def initial_state(condition):
-    """robot_obs (15,), scene_obs (24,) of a symbolic state; the hash of its text places and turns blocks."""
-    rng = np.random.RandomState(fnv(str(condition.values())))         # "dict_values([0, 1, 'left', ...])"
+def initial_state(condition, rng=None):
+    """robot_obs (15,), scene_obs (24,) of a symbolic state. rng: places and turns the blocks; None: as CALVIN
+    does, by the hash of the state's text."""
+    rng = rng or np.random.RandomState(fnv(str(condition.values())))  # "dict_values([0, 1, 'left', ...])"
     spots = list(SPOTS)
     rng.shuffle(spots)
     scene = np.zeros(24)
@@ -232,6 +233,24 @@ def initial_state(condition):
         scene[6 + 6 * i:9 + 6 * i] = table[i] if place == "table" else SHELF[place]
         scene[11 + 6 * i] = rng.uniform(np.pi / 2 - np.pi / 8, np.pi / 2 + np.pi / 8)
     return HOME.copy(), scene
+
+
+@functools.lru_cache
+def conditions_for(task):
+    """The numbers of the initial conditions in which a chain could begin with `task`. There are none for the
+    seven tasks that start with a block in the hand, in the drawer or on another."""
+    return [number for number, condition in enumerate(initial_conditions())
+            if len(outcomes(condition, task)) == 1]
+
+
+def draw_start(scene, task, seed):
+    """robot_obs (15,), scene_obs (24,) in which `task` can be done (None: any), drawn as CALVIN draws its 192,
+    but with blocks that the seed places and turns: as many unseen states as one likes, all in scene D."""
+    rng = np.random.default_rng([seed, 3])
+    numbers = conditions_for(task) if task else range(len(initial_conditions()))
+    if not numbers:
+        raise CalvinError(f"no initial state of CALVIN's allows {task}: it is judged in chains only")
+    return initial_state(initial_conditions()[rng.choice(numbers)], rng)
 
 
 def draw_chain(scene, number):

@@ -1792,8 +1792,24 @@ def test_chains_are_those_that_calvin_draws():
                                           "lift_red_block_slider", "place_in_slider", "turn_off_lightbulb"]
     assert calvin.fnv("test") == 3910690890                                # not textbook FNV-1
     state = calvin.initial_state(conditions[calvin.load_chains()[0][0]])[1]
-    assert state[:6].tolist() == [0.28, 0.22, 0, 0.088, 1, 1] and np.isclose(state[12], 0.05, atol=1e-6) \
-        or np.isclose(state[12], 0.23, atol=1e-5)
+    assert state[:6].tolist() == [0.28, 0.22, 0, 0.088, 1, 1]
+    assert np.isclose(state[12], (0.05, 0.23), atol=1e-5).any()
+
+
+def test_calvin_starts_of_single_instructions():
+    """Catches starts from which the task can't be done or that repeat, and one that CALVIN has already."""
+    alone = [task for task in calvin.NAMES if calvin.conditions_for(task)]
+    assert len(alone) == 27 and not {"place_in_drawer", "lift_red_block_drawer", "unstack_block"} & set(alone)
+    known = [calvin.initial_state(condition)[1] for condition in calvin.initial_conditions()]
+    seen = [calvin.draw_start("D", "lift_red_block_table", seed)[1] for seed in range(50)]
+    assert len({state.tobytes() for state in seen}) == 50
+    assert not {state.tobytes() for state in seen} & {state.tobytes() for state in known}
+    for state in seen:
+        assert np.isclose(state[6], (0.05, 0.23), atol=1e-5).any() and state[7] < 0 and abs(state[11]) < 2
+    assert all(calvin.draw_start("D", "open_drawer", seed)[1][1] == 0 for seed in range(20))
+    assert np.array_equal(calvin.draw_start("D", None, 3)[1], calvin.draw_start("D", None, 3)[1])
+    with pytest.raises(calvin.CalvinError, match="chains only"):
+        calvin.draw_start("D", "stack_block", 0)
 
 
 @pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden figures are not part of the repository")
