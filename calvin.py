@@ -244,8 +244,8 @@ def conditions_for(task):
 
 
 def draw_start(scene, task, seed):
-    """robot_obs (15,), scene_obs (24,) in which `task` can be done (None: any), drawn as CALVIN draws its 192,
-    but with blocks that the seed places and turns: as many unseen states as one likes, all in scene D."""
+    """robot_obs (15,), scene_obs (24,) in which `task` can be done (None: any), drawn as CALVIN draws its
+    192, but the seed places and turns the blocks: as many unseen states as one likes, all in scene D."""
     rng = np.random.default_rng([seed, 3])
     numbers = conditions_for(task) if task else range(len(initial_conditions()))
     if not numbers:

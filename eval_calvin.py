@@ -6,6 +6,7 @@ Judge a policy by CALVIN's rules: single instructions, and chains of five instru
     python eval_calvin.py --shuffle-language                # every instruction swapped for another task's
 
     python eval_calvin.py --env calvin --checkpoint DIR     # CALVIN's 1000 chains in its own simulator
+    python eval_calvin.py --env calvin --chains 0 --episodes 20         # single instructions, from new states
     python eval_calvin.py --env calvin --shard 1/4 --out A  # a quarter of them, say on one of four machines
     python eval_calvin.py --env calvin --resume --out A     # goes on after a crash
     python eval_calvin.py --merge A B C D --out out/all     # one report of all shards
@@ -24,6 +25,7 @@ Reads a checkpoint (train.py's or the authors'). Prints the report, writes it to
 import argparse
 import collections
 import contextlib
+import difflib
 import hashlib
 import json
 import math
@@ -47,7 +49,8 @@ import tabletop
 
 CHAIN = 5                      # instructions
 FILM_STEPS = 4                 # a GIF shows every fourth step
-RULES = dict(tabletop=tabletop, calvin=calvin)      # each has STEPS, TASKS, instruction, success, draw_chain
+# Each has STEPS, TASKS, instruction, success, draw_start, draw_chain.
+RULES = dict(tabletop=tabletop, calvin=calvin)
 RECYCLE = 50                   # chains of a worker, then it is replaced: resetting calvin_env leaks 12 MB
 
 
@@ -64,10 +67,14 @@ def parse():
     parser.add_argument("--preset", default="tiny", choices=list(gr1.PRESETS),
                         help="of --policy untrained (default: tiny)")
     parser.add_argument("--scene", default="D", choices=list(tabletop.SCENES))
-    parser.add_argument("--episodes", type=int, default=20,
-                        help="single-instruction episodes a task, tabletop only (default: 20)")
-    parser.add_argument("--chains", type=int,
+    parser.add_argument("--episodes", type=int, metavar="K",
+                        help="single-instruction episodes a task (default: 20; calvin: 0)")
+    parser.add_argument("--tasks", metavar="A,B,...",
+                        help="their tasks (default: all; calvin: the 27 that can come first in a chain)")
+    parser.add_argument("--chains", type=int, metavar="N",
                         help="the first N chains of five instructions (default: 200; calvin: all 1000)")
+    parser.add_argument("--steps", type=int,
+                        help="steps an instruction (default: 60; calvin: 360, and no other is comparable)")
     parser.add_argument("--shuffle-language", action="store_true",
                         help="give each episode another task's sentence")
     parser.add_argument("--language", default="validation", choices=["validation", "unseen"],
@@ -77,7 +84,8 @@ def parse():
     parser.add_argument("--renderer", default="egl", choices=["egl", "tiny"],
                         help="calvin: what draws; figures of one don't hold for the other (default: egl)")
     parser.add_argument("--gif", type=int, default=0, metavar="K",
-                        help="calvin: write the first K chains as GIFs, with what the policy foresees")
+                        help="calvin: write the first K chains, and episodes of each task, as GIFs, with "
+                             "what the policy foresees")
     parser.add_argument("--serve", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
                         help="one model for all workers, in batches (default: where there is a GPU)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
@@ -89,10 +97,13 @@ def parse():
     parser.add_argument("--redraw", action="store_true", help="with --list: draw the chains anew (a minute)")
     parser.add_argument("--out", default="out/eval", help="directory of the report (default: out/eval)")
     args = parser.parse_args()
-    if args.chains is None:
-        args.chains = calvin.CHAINS if args.env == "calvin" else 200
-    if args.workers < 1 or min(args.seed, args.episodes, args.chains) < 0:
-        parser.error("--workers must be 1 or more, --seed, --episodes and --chains 0 or more")
+    for name, tables, calvins in ("episodes", 20, 0), ("chains", 200, calvin.CHAINS):
+        if getattr(args, name) is None:
+            setattr(args, name, calvins if args.env == "calvin" else tables)
+    if args.steps is None:
+        args.steps = RULES[args.env].STEPS
+    if min(args.workers, args.steps) < 1 or min(args.seed, args.episodes, args.chains) < 0:
+        parser.error("--workers and --steps must be 1 or more, --seed, --episodes and --chains 0 or more")
     if args.env == "calvin" and (args.scene != "D" or args.chains > calvin.CHAINS):
         parser.error(f"CALVIN has {calvin.CHAINS} chains, all in scene D, whose initial states they have")
     if args.env == "tabletop" and args.language != "validation":
@@ -100,8 +111,27 @@ def parse():
     args.serve = args.serve and looks(args)
     if args.env == "tabletop" and args.gif:
         parser.error("--gif is for --env calvin; sample.py films the tabletop")
+    args.tasks = parse_tasks(parser, args)
     args.part, args.parts = clips.parse_part(parser, args.shard)
     return args
+
+
+def alone(env):
+    """The tasks that can be judged alone, in the world's order."""
+    return [task for task in RULES[env].TASKS if env == "tabletop" or calvin.conditions_for(task)]
+
+
+def parse_tasks(parser, args):
+    """--tasks as settings store it: "all" or their names in the world's order."""
+    named, known = (args.tasks or "all").split(","), alone(args.env)
+    for task in named if named != ["all"] else []:
+        if task not in RULES[args.env].TASKS:
+            near = difflib.get_close_matches(task, known, 1, 0)[0]
+            parser.error(f"--tasks: {args.env} has no {task!r}; did you mean {near}?")
+        if task not in known:
+            parser.error(f"--tasks: {task} starts with a block in the hand, in the drawer or on another, as "
+                         "no initial state of CALVIN's does: chains judge it")
+    return ", ".join(task for task in known if task in named) or "all"
 
 
 # ---------------------------------------------------------------------------------------------- policies
@@ -249,21 +279,21 @@ def foresight(policy):
 # ---------------------------------------------------------------------------------------------- episodes
 
 
-def follow(world, policy, task, sentence, rules=tabletop, film=None):
+def follow(world, policy, task, sentence, args, film=None):
     """Let the policy try one instruction: -> steps until the oracle says yes, or None. `film`, a list, takes
     what was seen and foreseen now and then."""
     start, observation = world.get_info(), world.observe()
     policy.reset()
     if isinstance(policy, Scripted):
         policy.start(world, task)
-    for step in range(1, rules.STEPS + 1):
+    for step in range(1, args.steps + 1):
         begin = time.perf_counter()
         action = policy.step(observation, sentence)
         world.seconds["policy"] += time.perf_counter() - begin
         if film is not None and step % FILM_STEPS == 1:
             film.append(shot(observation, policy, f"{sentence}, step {step}"))
         observation = world.step(action)
-        if rules.success(task, start, world.get_info()):
+        if RULES[args.env].success(task, start, world.get_info()):
             return step
     return None
 
@@ -278,29 +308,35 @@ def instruction(task, seed, args):
 
 
 def play_single(world, policy, args, task, seed):
-    world.reset(*tabletop.draw_start(args.scene, task, seed))
-    sentence = instruction(task, seed, args)
-    return dict(kind="single", seed=seed, task=task, sentence=sentence,
-                steps=follow(world, policy, task, sentence))
+    """Play one instruction from a state that `seed` draws, such that the task can be done in it."""
+    number, sentence = seed - args.seed, instruction(task, seed, args)
+    film = [] if number < args.gif else None
+    world.look = film is not None or looks(args)
+    world.reset(*RULES[args.env].draw_start(args.scene, task, seed))
+    steps = follow(world, policy, task, sentence, args, film)
+    if film:
+        write_film(pathlib.Path(args.out) / f"{task}-{number:03d}.gif", film,
+                   "not done" if steps is None else f"done after {steps} steps")
+    return dict(kind="single", seed=seed, task=task, sentence=sentence, steps=steps)
 
 
 def play_chain(world, policy, args, seed):
     """Play the chain that `seed` draws in the tabletop; in CALVIN it is the chain's number."""
-    rules = RULES[args.env]
-    *state, tasks = rules.draw_chain(args.scene, seed)
+    *state, tasks = RULES[args.env].draw_chain(args.scene, seed)
     world.reset(*state)
     first = seed if args.env == "tabletop" else args.seed + seed * CHAIN
     steps, sentences = [], [instruction(task, first + i, args) for i, task in enumerate(tasks)]
     film = [] if seed < args.gif else None
     world.look = film is not None or looks(args)
     for task, sentence in zip(tasks, sentences):
-        steps.append(follow(world, policy, task, sentence, rules, film))
+        steps.append(follow(world, policy, task, sentence, args, film))
         if steps[-1] is None:
             break
+    length = sum(s is not None for s in steps)
     if film:
-        write_film(pathlib.Path(args.out) / f"chain-{seed:03d}.gif", film, steps)
-    return dict(kind="chain", seed=seed, tasks=tasks, sentences=sentences, steps=steps,
-                length=sum(s is not None for s in steps))
+        write_film(pathlib.Path(args.out) / f"chain-{seed:03d}.gif", film,
+                   f"{length} of {CHAIN} instructions done")
+    return dict(kind="chain", seed=seed, tasks=tasks, sentences=sentences, steps=steps, length=length)
 
 
 def shot(observation, policy, caption):
@@ -312,9 +348,8 @@ def shot(observation, policy, caption):
     return caption, rows
 
 
-def write_film(path, film, steps):
-    """Write a chain's shots as a GIF; what became of it stands below each sentence."""
-    outcome = f"{sum(s is not None for s in steps)} of {CHAIN} instructions done"
+def write_film(path, film, outcome):
+    """Write an episode's shots as a GIF; what became of it stands below each sentence."""
     pages = [sample.page([(caption, sample.LARGE, sample.INK), (outcome, sample.SMALL, sample.GRAY)],
                          ["rgb_static", "rgb_gripper"],
                          [[(row, [sample.enlarge(image, 200) for image in images])]
@@ -458,11 +493,11 @@ def summarise(results):
     return figures
 
 
-def timing(results, rules):
+def timing(results, longest):
     """Where the time went: seconds by part, steps, and steps a second of one process."""
     seconds = sum((collections.Counter(r["seconds"]) for r in results), collections.Counter())
     each = [s for r in results for s in (r["steps"] if r["kind"] == "chain" else [r["steps"]])]
-    steps = sum(rules.STEPS if s is None else s for s in each)
+    steps = sum(longest if s is None else s for s in each)
     return dict(seconds={part: round(value, 1) for part, value in seconds.items()}, steps=steps,
                 steps_per_second=round(steps / sum(seconds.values()), 1))
 
@@ -506,14 +541,15 @@ def settings(args):
     """What must be equal for two runs' episodes to belong together; the report's header is made of it."""
     language = "unseen: one of 50 paraphrases a task" if args.language == "unseen" else "the task's own"
     language += ", of another task (shuffled)" if args.shuffle_language else ""
-    said = dict(env=args.env, scene=args.scene, policy=args.policy, language=language, seed=args.seed,
-                chains=args.chains)
+    said = {"env": args.env, "scene": args.scene, "policy": args.policy, "language": language,
+            "seed": args.seed, "episodes a task": args.episodes, "tasks": args.tasks,
+            "chains": args.chains, "steps an instruction": args.steps}
     if args.policy == "model":
         said["checkpoint"] = fingerprint(args.checkpoint)
     if args.policy == "untrained":
         said["preset"] = args.preset
     if args.env == "tabletop":
-        return said | dict(episodes=args.episodes)
+        return said
     drawn = calvin.probe(renderer(args))                      # here, before any worker finds out the hard way
     return said | {"calvin_env": calvin.commit(),
                    "renderer": drawn if looks(args) else "none: the policy doesn't look"}
@@ -530,12 +566,12 @@ def fingerprint(checkpoint):
     return f"{'' if step is None else f'step {step}, '}sha256 {digest.hexdigest()[:16]}"
 
 
-def jobs_of(args):
-    """All episodes of the run: what every shard together plays."""
-    if args.env == "calvin":
-        return [("chain", None, number) for number in range(args.chains)]
-    jobs = [("single", task, args.seed + i) for task in tabletop.TASKS for i in range(args.episodes)]
-    return jobs + [("chain", None, args.seed + i * CHAIN) for i in range(args.chains)]
+def jobs_of(said):
+    """All episodes of the run that has these settings: what every shard together plays."""
+    tasks = alone(said["env"]) if said["tasks"] == "all" else said["tasks"].split(", ")
+    jobs = [("single", task, said["seed"] + i) for task in tasks for i in range(said["episodes a task"])]
+    first, apart = (0, 1) if said["env"] == "calvin" else (said["seed"], CHAIN)
+    return jobs + [("chain", None, first + i * apart) for i in range(said["chains"])]
 
 
 def key(result):
@@ -577,13 +613,12 @@ def begin(args, said):
 
 def run(args):
     """Play this shard's episodes, those excepted that a resumed run finds done: -> settings, episodes."""
-    jobs = jobs_of(args)
-    mine = jobs[args.part - 1::args.parts]
-    if not mine:
-        raise gr1.ModelError("nothing to play: --episodes and --chains are both 0, or --shard is empty")
     if args.policy != "scripted":
         load_policy(args)                          # what is wrong is said once, here, not by every worker
     said = settings(args)
+    mine = jobs_of(said)[args.part - 1::args.parts]
+    if not mine:
+        raise gr1.ModelError("nothing to play: --episodes and --chains are both 0, or --shard is empty")
     results, file = begin(args, said)
     done = {key(result) for result in results}
     todo = [job for job in mine if job not in done]
@@ -611,27 +646,26 @@ def merge(args):
 
 
 def title(said, results):
-    """The report's first line: PARTIAL unless every episode of the run, of CALVIN's 1000, is there."""
-    args = argparse.Namespace(**{"episodes": 0} | said)
-    there, whole = len({key(result) for result in results}), len(jobs_of(args))
-    if said["env"] == "tabletop":
-        name = "CALVIN's rules in the embedded tabletop, scene " + said["scene"]
-    else:
-        name, whole = "CALVIN, scene " + said["scene"], calvin.CHAINS
+    """The report's first line: PARTIAL unless every episode of the run, all 1000 chains of CALVIN's, is
+    there."""
+    there, whole = len({key(result) for result in results}), len(jobs_of(said))
+    name = "CALVIN's rules in the embedded tabletop, scene " + said["scene"]
+    if said["env"] == "calvin":
+        name = f"CALVIN{'' if said['chains'] else ', single instructions'}, scene {said['scene']}"
+        whole += calvin.CHAINS - said["chains"] if said["chains"] else 0
     return name if there == whole else f"PARTIAL ({there} of {whole} episodes): {name}"
 
 
 def report(args, said, results):
     """Print the report and write it to --out."""
     results = sorted(results, key=lambda r: (r["kind"], str(r.get("task")), r["seed"]))
-    rules, figures = RULES[said["env"]], summarise(results)
+    figures = summarise(results)
     header = dict(title=title(said, results)) | {name: value for name, value in said.items() if name != "env"}
-    if said["env"] == "calvin" and said["policy"] == "model":
+    if said["env"] == "calvin" and said["policy"] == "model" and said["chains"]:
         figures["paper"] = PAPER_UNSEEN if said["language"].startswith("unseen") else PAPER
-    time_spent = timing(results, rules)
-    header |= {"steps an instruction": rules.STEPS, "steps": time_spent["steps"],
-               "steps a second of a process": time_spent["steps_per_second"], "seconds, by part":
-               ", ".join(f"{k} {v}" for k, v in time_spent["seconds"].items())}
+    time_spent = timing(results, said["steps an instruction"])
+    header |= {"steps": time_spent["steps"], "steps a second of a process": time_spent["steps_per_second"],
+               "seconds, by part": ", ".join(f"{k} {v}" for k, v in time_spent["seconds"].items())}
     if "TinyRenderer" in str(said.get("renderer")):
         header["WARNING"] = "TinyRenderer's pictures differ from those of CALVIN's data (EGL): so do scores"
     text, out = markdown(header, figures), pathlib.Path(args.out)

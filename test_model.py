@@ -1657,7 +1657,7 @@ def test_tabletop_data(tabletop_data):
 def eval_settings(**changes):
     """What eval_calvin.parse makes of a command line, for the tabletop."""
     settings = dict(env="tabletop", scene="D", language="validation", shuffle_language=False, gif=0,
-                    serve=False)
+                    serve=False, seed=0, steps=tabletop.STEPS, policy="noop")
     return mock.Mock(**settings | changes)
 
 
@@ -1849,6 +1849,9 @@ def test_without_the_simulator(tmp_path, monkeypatch):
                     ("record_calvin.py",), ("record_calvin.py", "--measure")):
         assert fails_in_one_line(*command, "--out", out, words=["calvin_env", "calvin.py"]), command
     calvin.package.cache_clear()
+    for tasks, words in ("open_drawr", "open_drawer"), ("turn_on_led,stack_block", "chains judge it"):
+        assert fails_in_one_line("eval_calvin.py", "--env", "calvin", "--episodes", 1, "--tasks", tasks,
+                                 "--out", out, words=[words])
     assert not out.exists()
 
 
@@ -1895,6 +1898,10 @@ def test_the_expert_and_idleness_in_the_simulator(tmp_path):
         assert status == 0 and "PARTIAL (2 of 1000" in text and calvin.FIXED in text, text
         report = json.loads((tmp_path / policy / "report.json").read_text())
         assert least <= sum(episode["length"] for episode in report["episodes"]) <= most, text
+    status, text = run("eval_calvin.py", "--env", "calvin", "--policy", "scripted", "--chains", 0,
+                       "--episodes", 1, "--tasks", "turn_on_led,open_drawer", "--workers", 1,
+                       "--out", tmp_path / "single")
+    assert status == 0 and "PARTIAL" not in text and "mean over 2 tasks** | **100.0%**" in text, text
 
 
 @SIMULATOR
