@@ -214,10 +214,12 @@ def fnv(text):
     return value
 
 
-def initial_state(condition, rng=None):
-    """robot_obs (15,), scene_obs (24,) of a symbolic state. rng: places and turns the blocks; None: as CALVIN
-    does, by the hash of the state's text."""
-    rng = rng or np.random.RandomState(fnv(str(condition.values())))  # "dict_values([0, 1, 'left', ...])"
+def initial_state(condition, seed=None):
+    """robot_obs (15,), scene_obs (24,) of a symbolic state. What places and turns the blocks is the hash of
+    its text, as in evaluation, or a seed of your own."""
+    if seed is None:
+        seed = fnv(str(condition.values()))                           # "dict_values([0, 1, 'left', ...])"
+    rng = np.random.RandomState(seed % 2**32)
     spots = list(SPOTS)
     rng.shuffle(spots)
     scene = np.zeros(24)
@@ -250,7 +252,7 @@ def draw_start(scene, task, seed):
     numbers = conditions_for(task) if task else range(len(initial_conditions()))
     if not numbers:
         raise CalvinError(f"no initial state of CALVIN's allows {task}: it is judged in chains only")
-    return initial_state(initial_conditions()[rng.choice(numbers)], rng)
+    return initial_state(initial_conditions()[rng.choice(numbers)], int(rng.integers(2**32)))
 
 
 def draw_chain(scene, number):
