@@ -494,11 +494,14 @@ def feasible(expert):
 
 
 def start_play(world, seed):
-    """Put the world into a state to play from: in scene D one of CALVIN's, elsewhere one drawn by seed."""
+    """Put the world into a state to play from. In scene D it is like one of evaluation's, with the blocks a
+    bit aside and turned otherwise; in the others calvin_env's own reset draws blocks, we draw fixtures."""
     rng = np.random.default_rng([seed, 0])
     if world.scene == "D":
-        condition = calvin.initial_conditions()[rng.integers(192)]
-        return world.reset(*calvin.initial_state(condition))
+        robot, scene = calvin.initial_state(calvin.initial_conditions()[rng.integers(192)], seed)
+        blocks = scene[6:].reshape(3, 6)
+        blocks[:, :2] += rng.uniform(-0.02, 0.02, (3, 2)) * (blocks[:, 1:2] < 0)     # of those on the table
+        return world.reset(robot, scene)
     seen = world.reset(seed=seed)
     travel, lit = fixtures_of(world.env).door_travel, int(rng.integers(2))
     scene = seen["scene_obs"].copy()
@@ -530,14 +533,15 @@ def demonstrate(world, expert, task, rng, noise=0, remember=lambda world: None, 
     return Demo(task, done, steps)
 
 
-def play(world, seed, counts, n_tasks=8, **options):
-    """A session without resets: yields Demos and counts their tasks; a failure ends it."""
+def play(world, seed, counts, n_tasks=8, asked=calvin.NAMES, **options):
+    """A session without resets: yields Demos and counts their tasks; a failure ends it. The last of `n_tasks`
+    is one of those `asked` for."""
     start_play(world, seed)
     rng = np.random.default_rng([seed, 1])
     expert = Expert(world, rng, fast=rng.uniform(0.6, 0.95), slow=rng.uniform(0.4, 0.6))
     noise = rng.choice([0, rng.uniform(0, 0.2)])              # half of the sessions go straight
-    for _ in range(n_tasks):
-        tasks = feasible(expert)
+    for i in range(n_tasks):
+        tasks = [task for task in feasible(expert) if i + 1 < n_tasks or task in asked]
         if not tasks:
             return
         weights = np.array([1 / (1 + counts[task]) ** 2 for task in tasks])
@@ -547,6 +551,8 @@ def play(world, seed, counts, n_tasks=8, **options):
         yield demo
         if not demo.done:
             return
+        for action in expert.finish():                         # under no sentence: the oracle has said yes
+            world.step(action)
         for _ in range(REST):
             world.step([0, 0, 0, 0, 0, 0, expert.grip])
 
@@ -573,25 +579,30 @@ def measure(scene, seed, n):
 SESSIONS = 400                 # of play for a shard at most; a task that is still lacking then is reported
 
 
+def bodies_of(world):
+    """Simulator's numbers: of what has joints (robot, table), of the blocks."""
+    scene = world.env.scene
+    return ((world.env.robot.robot_uid, scene.fixed_objects[0].uid),
+            [block.uid for block in scene.movable_objects])
+
+
 def pose_of(world):
-    """All that a picture shows, to be drawn later: joints of robot and table, blocks, lights."""
-    p, cid, scene = world.env.p, world.env.cid, world.env.scene
-    joints = {body: [state[0] for state in p.getJointStates(
-        body, range(p.getNumJoints(body, physicsClientId=cid)), physicsClientId=cid)]
-        for body in (world.env.robot.robot_uid, scene.fixed_objects[0].uid)}
-    blocks = {block.uid: p.getBasePositionAndOrientation(block.uid, physicsClientId=cid)
-              for block in scene.movable_objects}
-    return joints, blocks, [light.get_state() for light in scene.lights]
+    """All that a picture shows, to be drawn later, maybe in another process: joints, blocks, lights."""
+    p, cid, (jointed, blocks) = world.env.p, world.env.cid, bodies_of(world)
+    angles = [[state[0] for state in p.getJointStates(
+        body, range(p.getNumJoints(body, physicsClientId=cid)), physicsClientId=cid)] for body in jointed]
+    places = [p.getBasePositionAndOrientation(block, physicsClientId=cid) for block in blocks]
+    return angles, places, [light.get_state() for light in world.env.scene.lights]
 
 
 def draw_pose(world, pose):
     """The pictures of a pose. The world is left in it: its play must be over."""
-    p, cid = world.env.p, world.env.cid
-    joints, blocks, lights = pose
-    for body, angles in joints.items():
-        for i, angle in enumerate(angles):
+    p, cid, (jointed, blocks) = world.env.p, world.env.cid, bodies_of(world)
+    angles, places, lights = pose
+    for body, each in zip(jointed, angles):
+        for i, angle in enumerate(each):
             p.resetJointState(body, i, angle, physicsClientId=cid)
-    for block, (place, turn) in blocks.items():
+    for block, (place, turn) in zip(blocks, places):
         p.resetBasePositionAndOrientation(block, place, turn, physicsClientId=cid)
     for light, state in zip(world.env.scene.lights, lights):
         light.reset(state)
@@ -606,53 +617,55 @@ def achieved(robot_obs, following, grip):
     return np.array([*move, *turn, grip])
 
 
-def search(world, seed, wanted, tried):
-    """Play until every task was done as often as `wanted` (a Counter, counted down) says: yields lists of
-    Demos, a session each, after which the world is free to be drawn in."""
-    counts = Counter()
+def seed_of(args, index):
+    """The first of a shard's SESSIONS seeds; the two splits have none in common."""
+    return (2 * args.seed + (args.split == "validation")) * 10**9 + index * SESSIONS
+
+
+def search(index, scene, args):
+    """A shard's demonstrations, --each of each of --tasks, physics alone: -> [Demo], {task: [steps, or None
+    where it failed]} of all that was tried on the way."""
+    quiet()
+    world, counts, found, tried = calvin.Calvin(scene, None), Counter(), [], {}
+    wanted, seed = Counter(args.tasks * args.each), seed_of(args, index)
     for session in range(SESSIONS):
-        kept = []
-        world.look = False
-        for demo in play(world, seed + session, counts, remember=pose_of):
+        asked = list(+wanted)
+        for demo in play(world, seed + session, counts, args.play, asked, remember=pose_of):
             tried.setdefault(demo.task, []).append(len(demo.steps) - 1 if demo.done else None)
             if demo.done and wanted[demo.task] > 0:
                 wanted[demo.task] -= 1
-                kept.append(demo)
-        world.look = True
-        yield kept
+                found.append(demo)
         if not +wanted:
-            return
+            break
+    else:
+        print(f"shard {index}, scene {scene}: {SESSIONS} sessions of play gave too few of {dict(+wanted)}",
+              file=sys.stderr)
+    return found, tried
+
+
+def draw(index, scene, args, searched):
+    """Draw and write a shard. In another process than the search: that loads the simulator anew for each
+    session, which leaks 12 MB where there is EGL; here nothing is loaded twice. -> tried"""
+    quiet()
+    world, rng = calvin.Calvin(scene, args.renderer), np.random.default_rng([seed_of(args, index), 2])
+    demos, tried = searched
+    with WRITERS[args.format](args, index, scene) as writer:
+        for demo in demos:
+            pictures = [draw_pose(world, step.pose) for step in demo.steps]
+            frames = {camera: np.stack([x[camera] for x in pictures]) for camera in pictures[0]}
+            writer.add(demo.task, str(rng.choice(calvin.SENTENCES[demo.task]["training"])), frames,
+                       *rows_of(demo))
+    return tried
 
 
 def rows_of(demo):
-    """A Demo's rows: robot_obs (L, 15), scene_obs (L, 24), executed (L, 7), achieved (L, 7), the last two
-    with the arm at rest in the last row."""
+    """A Demo's rows: robot_obs (L, 15), scene_obs (L, 24), executed (L, 7), achieved (L, 7). The last frame
+    shows what the last action led to: its own actions are NaN."""
     robot, scene = (np.stack([step.observation[key] for step in demo.steps])
                     for key in ("robot_obs", "scene_obs"))
     executed = np.stack([step.action for step in demo.steps])
-    executed[-1] = [0, 0, 0, 0, 0, 0, executed[-2][6]]
-    after = np.concatenate([robot[1:], robot[-1:]])
-    return robot, scene, executed, np.stack([achieved(*row) for row in zip(robot, after, executed[:, 6])])
-
-
-def record_shard(index, scene, args):
-    """Record one shard: --each demonstrations of each of --tasks. -> {task: [steps, or None]} of all that was
-    tried on the way."""
-    quiet()
-    seed = args.seed * 10**9 + index * SESSIONS
-    world, rng = calvin.Calvin(scene, args.renderer), np.random.default_rng([seed, 2])
-    wanted, tried = Counter(dict.fromkeys(args.tasks, args.each)), {}
-    with WRITERS[args.format](args, index, scene) as writer:
-        for demos in search(world, seed, wanted, tried):
-            for demo in demos:
-                pictures = [draw_pose(world, step.pose) for step in demo.steps]
-                frames = {camera: np.stack([x[camera] for x in pictures]) for camera in pictures[0]}
-                writer.add(demo.task, str(rng.choice(calvin.SENTENCES[demo.task]["training"])), frames,
-                           *rows_of(demo))
-    if +wanted:
-        print(f"shard {index}, scene {scene}: {SESSIONS} sessions of play gave too few of {dict(+wanted)}",
-              file=sys.stderr)
-    return tried
+    moved = [achieved(*row) for row in zip(robot, robot[1:], executed[:-1, 6])]
+    return robot, scene, executed, np.stack([*moved, executed[-1]])
 
 
 class ClipWriter:
@@ -663,10 +676,9 @@ class ClipWriter:
         self.args, self.episode = args, index * 10**6
 
     def add(self, task, sentence, frames, robot_obs, scene_obs, executed, achieved):
-        rows = (executed if self.args.actions == "executed" else achieved).astype(np.float32)
-        rows[-1] = np.nan
+        rows = executed if self.args.actions == "executed" else achieved
         self.shard.add(frames=frames, sentence=sentence, task=task, episode=self.episode,
-                       robot_obs=robot_obs.astype(np.float32), rel_actions=rows)
+                       robot_obs=robot_obs.astype(np.float32), rel_actions=rows.astype(np.float32))
         self.episode += 1
 
     def __enter__(self):
@@ -685,16 +697,15 @@ class CalvinWriter:
     FRAMES = 20000
 
     def __init__(self, args, index, scene):
-        self.out, self.next, self.segments = pathlib.Path(args.out) / args.split, index * self.FRAMES, []
+        self.out, self.next, self.segments = home(args), index * self.FRAMES, []
         self.scene = scene
         self.note = self.out / "segments" / f"{index:05d}.json"
         self.note.parent.mkdir(parents=True, exist_ok=True)
 
     def add(self, task, sentence, frames, robot_obs, scene_obs, executed, achieved):
-        first, n = self.next, len(robot_obs)
-        after = np.concatenate([robot_obs[1:, :6], robot_obs[-1:, :6]])
+        first, n = self.next, len(robot_obs) - 1               # this format has an action for every frame
         rows = dict(robot_obs=robot_obs, scene_obs=scene_obs, rel_actions=achieved, executed_actions=executed,
-                    actions=np.concatenate([after, executed[:, 6:]], axis=1), **frames)
+                    actions=np.concatenate([robot_obs[1:, :6], executed[:-1, 6:]], axis=1), **frames)
         for t in range(n):
             np.savez_compressed(self.out / f"episode_{first + t:07d}.npz",
                                 **{key: values[t] for key, values in rows.items()})
@@ -713,10 +724,15 @@ class CalvinWriter:
 WRITERS = dict(clips=ClipWriter, calvin=CalvinWriter)
 
 
+def home(args):
+    """The directory of what this run records: a split's own in CALVIN's format, which has both in one."""
+    return pathlib.Path(args.out) / (args.split if args.format == "calvin" else "")
+
+
 def is_done(args, index):
     if args.format == "clips":
         return clips.shard_is_done(args.out, index)
-    return (pathlib.Path(args.out) / args.split / "segments" / f"{index:05d}.json").exists()
+    return (home(args) / "segments" / f"{index:05d}.json").exists()
 
 
 def read_segments(out):
@@ -735,8 +751,9 @@ def replay(scene, out):
         frames = [np.load(out / f"episode_{i:07d}.npz") for i in range(segment["first"], segment["last"] + 1)]
         world.reset(frames[0]["robot_obs"], frames[0]["scene_obs"])
         start, steps = world.get_info(), None
-        for t, frame in enumerate(frames + frames[-1:] * 20, 1):       # the last command is to rest
-            world.step(frame["executed_actions"])
+        commands = [frame["executed_actions"] for frame in frames]
+        for t, command in enumerate(commands + [[0, 0, 0, 0, 0, 0, commands[-1][6]]] * 20, 1):
+            world.step(command)
             if calvin.success(segment["task"], start, world.get_info()):
                 steps = t
                 break
@@ -748,10 +765,9 @@ def finish_calvin(out):
     """Write what makes the frames in `out` a CALVIN data set: recordings (one a demo), annotations."""
     segments = read_segments(out)
     pairs = np.array([(segment["first"], segment["last"]) for segment in segments])
-    annotations = dict(
+    annotations = dict(                    # without CALVIN's "emb": the sentences in MiniLM's vectors
         language=dict(ann=[segment["sentence"] for segment in segments],
-                      task=[segment["task"] for segment in segments],
-                      emb=np.zeros((len(segments), 1, 384), np.float32)),          # MiniLM's, unused here
+                      task=[segment["task"] for segment in segments]),
         info=dict(indx=[tuple(pair) for pair in pairs.tolist()], episodes=[]))
     (out / "lang_annotations").mkdir(exist_ok=True)
     for path, content in ((out / "ep_start_end_ids.npy", pairs),
@@ -777,7 +793,7 @@ def examples(args):
             pictures = data.read(data.tasks.index(task), cameras=["rgb_static"])["frames"]["rgb_static"]
             found[task] = pictures[np.linspace(0, len(pictures) - 1, MOMENTS).astype(int)]
         return found
-    out = pathlib.Path(args.out) / args.split
+    out = home(args)
     for segment in read_segments(out):
         moments = np.linspace(segment["first"], segment["last"], MOMENTS).astype(int)
         if segment["task"] not in found:
@@ -808,29 +824,36 @@ def answer(connection, function, job):
     connection.send(function(*job))
 
 
-def in_processes(function, jobs, workers):
-    """Call function(*job) for each job in a process of its own (a second simulator in one would draw
-    differently), `workers` at a time: yields (job, result) as they end."""
-    context, todo, running = multiprocessing.get_context("spawn"), list(jobs)[::-1], {}
+def in_processes(functions, jobs, workers):
+    """Do each job in processes of their own (a second simulator in one would draw differently), `workers` at
+    a time: function(*job) for the first of `functions`, then function(*job, what the one before returned).
+    Yields (job, what the last one returned) as they end."""
+    context, running = multiprocessing.get_context("spawn"), {}
+    todo = [(job, 0, ()) for job in jobs][::-1]
     try:
         while todo or running:
             while todo and len(running) < workers:
-                job, (ours, theirs) = todo.pop(), context.Pipe(duplex=False)
-                process = context.Process(target=answer, args=(theirs, function, job), daemon=True)
+                (job, stage, given), (ours, theirs) = todo.pop(), context.Pipe(duplex=False)
+                process = context.Process(target=answer, args=(theirs, functions[stage], (*job, *given)),
+                                          daemon=True)
                 process.start()
                 theirs.close()                                 # so that its death is the end of ours
-                running[ours] = process, job
+                running[ours] = process, job, stage
             for ours in multiprocessing.connection.wait(running):
-                process, job = running.pop(ours)
+                process, job, stage = running.pop(ours)
                 try:
-                    yield job, ours.recv()
-                except EOFError:
+                    result = ours.recv()
+                except (EOFError, ConnectionResetError):
                     process.join()
                     raise calvin.CalvinError(f"a process died (exit status {process.exitcode}), what it said "
                                              "stands above; finished shards are kept: run it again") from None
                 process.join()
+                if stage + 1 == len(functions):
+                    yield job, result
+                else:
+                    todo.append((job, stage + 1, (result,)))
     finally:
-        for process, _ in running.values():
+        for process, _, _ in running.values():
             process.terminate()
 
 
@@ -860,7 +883,7 @@ def add_up(results):
 def measure_all(args):
     jobs = [(scene, args.seed * 10**9 + part * 10**6, -(-args.demos // args.workers)) for scene in args.scenes
             for part in range(args.workers)]
-    print_success(add_up([(job[0], tried) for job, tried in in_processes(measure, jobs, args.workers)]))
+    print_success(add_up([(job[0], tried) for job, tried in in_processes([measure], jobs, args.workers)]))
 
 
 def replay_all(args):
@@ -869,22 +892,22 @@ def replay_all(args):
     if not scenes:
         raise calvin.CalvinError(f"{out}/segments holds no demonstrations in CALVIN's files to replay")
     jobs = [(scene, out) for scene in scenes]
-    print_success(add_up([(job[0], tried) for job, tried in in_processes(replay, jobs, args.workers)]))
+    print_success(add_up([(job[0], tried) for job, tried in in_processes([replay], jobs, args.workers)]))
 
 
 def record_all(args):
     """Record the shards of this machine's part that are not there yet, then what joins them."""
     per_shard = args.each * len(args.tasks)
     shards = -(-args.demos // per_shard)
-    clips.claim(args.out, format=args.format, split=args.split, actions=args.actions, tasks=args.tasks,
-                each=args.each, scenes=args.scenes, seed=args.seed, renderer=args.renderer)
+    clips.claim(home(args), format=args.format, split=args.split, actions=args.actions, tasks=args.tasks,
+                each=args.each, play=args.play, scenes=args.scenes, seed=args.seed, renderer=args.renderer)
     mine = range(args.part - 1, shards, args.parts)
     todo = [(index, args.scenes[index % len(args.scenes)], args) for index in mine
             if not is_done(args, index)]
-    notes = pathlib.Path(args.out) / "tried"                   # so that a resumed run reports all its parts
+    notes = home(args) / "tried"                   # so that a resumed run reports all its parts
     notes.mkdir(exist_ok=True)
     with tqdm(total=len(mine) * per_shard, initial=(len(mine) - len(todo)) * per_shard, unit="demo") as bar:
-        for (index, scene, _), tried in in_processes(record_shard, todo, args.workers):
+        for (index, scene, _), tried in in_processes([search, draw], todo, args.workers):
             clips.write_whole(notes / f"{index:05d}.json", json.dumps([scene, tried]).encode())
             bar.update(per_shard)
     print_success(add_up([json.loads(note.read_text()) for note in sorted(notes.glob("*.json"))]))
@@ -892,11 +915,11 @@ def record_all(args):
         print(f"part {args.shard} is done; once all parts are in {args.out}, start the command again there")
         return
     if args.format == "calvin":
-        finish_calvin(pathlib.Path(args.out) / args.split)
+        finish_calvin(home(args))
     else:
         clips.write_meta(args.out, "calvin expert", fps=calvin.FPS, command=shlex.join(sys.argv))
         print("\n".join(clips.summary(args.out)))
-    contact_sheet(pathlib.Path(args.out) / "sheet.png", examples(args))
+    contact_sheet(home(args) / "sheet.png", examples(args))
 
 
 def parse():
@@ -908,13 +931,17 @@ def parse():
     parser.add_argument("--demos", type=int, default=3400, help="how many, at least (default: %(default)s)")
     parser.add_argument("--scenes", default="ABCD", help="letters (default: ABCD)")
     parser.add_argument("--tasks", nargs="+", default=list(calvin.NAMES), metavar="TASK",
-                        help="which (default: all 34)")
+                        help="which, a name twice: twice as often (default: all 34)")
     parser.add_argument("--each", type=int, default=1, help="demos of a task in a shard (default: 1)")
+    parser.add_argument("--play", type=int, default=8, metavar="N",
+                        help="tasks done one after the other before a new state is drawn; 1: all from the arm's "
+                        "home (default: 8)")
     parser.add_argument("--format", default="clips", choices=list(WRITERS),
                         help="clips.py's or CALVIN's files (default: clips)")
     parser.add_argument("--actions", default="executed", choices=["executed", "achieved"],
                         help="clips: commands, or CALVIN's convention (default: executed)")
-    parser.add_argument("--split", default="training", help="CALVIN's files: training or validation")
+    parser.add_argument("--split", default="training", choices=["training", "validation"],
+                        help="validation: states that training has not (default: training)")
     parser.add_argument("--renderer", default="egl", choices=["egl", "tiny"])
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
     parser.add_argument("--shard", default="1/1", metavar="I/N",
@@ -928,8 +955,8 @@ def parse():
         parser.error(f"--tasks: there is no {unknown[0]}; did you mean {near}?")
     if not args.scenes or not set(args.scenes) <= set("ABCD"):
         parser.error("--scenes takes letters of ABCD, for instance ABC")
-    if min(args.demos, args.each, args.workers) < 1 or args.seed < 0:
-        parser.error("--demos, --each and --workers must be 1 or more, --seed 0 or more")
+    if min(args.demos, args.each, args.play, args.workers) < 1 or args.seed < 0:
+        parser.error("--demos, --each, --play and --workers must be 1 or more, --seed 0 or more")
     if not args.measure and args.out is None and args.replay is None:
         parser.error("--out DIR says where to record, --measure only looks how well the expert does")
     if args.format == "calvin" and args.each * len(args.tasks) * (calvin.STEPS + 4) > CalvinWriter.FRAMES:
