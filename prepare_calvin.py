@@ -14,11 +14,16 @@ Reads, for each of training/ and validation/ that DATASET has:
 Writes OUT/training and OUT/validation in the format of clips.py, 30 fps, JPEG q95 4:4:4: a clip for each
 segment, its last frame included; a clip's episode is the recording that it lies in. A segment is left out,
 counted and reported if a frame of it is missing, misshapen or not finite. Of a zip only what the segments
-need is read, about 1% of it. A killed run goes on where it was: start the same command again. Other layouts
-of CALVIN's data (one LMDB, LeRobot's parquet) would be further classes with the methods of `Folder`.
+need is read, about 1% of it. A killed run goes on where it was: start the same command again.
+
+Another layout of CALVIN's data (one LMDB, LeRobot's parquet) would be another class beside `Folder`, with its
+`splits`, `recordings`, `annotations`, `annotated` and `frame`, and a line in `open_source`; what comes after
+knows nothing of files.
 """
 import collections
+import concurrent.futures
 import datetime
+import functools
 import io
 import json
 import multiprocessing
@@ -29,6 +34,7 @@ import shlex
 import sys
 import zipfile
 import zlib
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 from tqdm import tqdm
@@ -39,30 +45,70 @@ SHARD = 64                                             # segments; about 4,000 f
 CAMERAS = dict(rgb_static=(200, 200, 3), rgb_gripper=(84, 84, 3))
 STATES, ACTIONS = (15,), (7,)
 MENDED = datetime.date(2022, 9, 16)                    # annotations of ABC and ABCD are wrong before that day
+ZIP_WORKERS = 4                                        # each holds the zip's list of files: a GB or two
+DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)     # zipfile says so
 Segment = collections.namedtuple("Segment", "first last sentence task episode")        # last is included
 
 
 class Folder:
-    """A data set's files in a directory; `open` raises FileNotFoundError for one that is not there."""
+    """A data set as CALVIN's authors lay it out, in a directory."""
 
     def __init__(self, path):
         self.path = path
 
+    # ---- files: all that `Zip` does otherwise
+
     def open(self, name):
+        """A file to read from; FileNotFoundError if it is not there, ClipsError if the archive is damaged."""
         return open(self.path / name, "rb")
+
+    def exists(self, name):
+        return (self.path / name).exists()
 
     def date(self, name):
         return datetime.date.fromtimestamp((self.path / name).stat().st_mtime)
 
+    # ---- what they hold: all that packing asks of a layout
 
-class Zip:
+    def splits(self):
+        """Which of training and validation there are."""
+        return [split for split in ("training", "validation") if self.exists(split)
+                or self.exists(f"{split}/ep_start_end_ids.npy")]
+
+    def recordings(self, split):
+        """int64 (n, 2): first and last frame of each recording, in order."""
+        return load_recordings(self, f"{split}/ep_start_end_ids.npy")
+
+    def annotations(self, split):
+        """(sentences, tasks, int64 (n, 2) first and last frames)."""
+        return load_annotations(self, f"{split}/lang_annotations/auto_lang_ann.npy")
+
+    def annotated(self, split):
+        """The annotations' date, or None if nobody knows."""
+        return self.date(f"{split}/lang_annotations/auto_lang_ann.npy")
+
+    def frame(self, split, number, keys):
+        """{key: array} of one frame, nothing checked; ValueError with the reason if it can't be had."""
+        try:
+            with self.open(f"{split}/episode_{number:07d}.npz") as file, \
+                    np.load(file, allow_pickle=False) as content:
+                return {key: content[key] for key in keys}
+        except FileNotFoundError:
+            raise ValueError("a frame is missing") from None
+        except KeyError as error:
+            raise ValueError(f"a frame has no {error.args[0].split()[0]}") from None
+        except (OSError, TypeError, ValueError, MemoryError, clips.ClipsError, *DAMAGED):
+            raise ValueError("a frame can't be read") from None
+
+
+class Zip(Folder):
     """The same straight from a downloaded archive, in which all lies in one folder."""
 
     def __init__(self, path):
         self.path = path
         try:
             self.zip = zipfile.ZipFile(path)
-        except zipfile.BadZipFile as error:
+        except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
             raise clips.ClipsError(f"{path} is no whole zip ({error}): finish the download") from None
         ends = [name for name in self.zip.namelist() if name.endswith("/ep_start_end_ids.npy")]
         self.top = ends[0].rpartition("/")[0].rpartition("/")[0] if ends else ""
@@ -74,27 +120,32 @@ class Zip:
             raise FileNotFoundError(2, "not in the zip", str(self.path / name)) from None
 
     def open(self, name):
-        return io.BytesIO(self.zip.read(self.find(name)))
+        found = self.find(name)
+        try:
+            return io.BytesIO(self.zip.read(found))
+        except DAMAGED as error:
+            raise clips.ClipsError(f"{self.path}: {name} in it is damaged ({error!r}): download it again"
+                                   ) from None
+
+    def exists(self, name):
+        return any(f"{self.top}/{name}{end}".lstrip("/") in self.zip.NameToInfo for end in ("", "/"))
 
     def date(self, name):
-        return datetime.date(*self.find(name).date_time[:3])
+        try:
+            return datetime.date(*self.find(name).date_time[:3])
+        except ValueError:                                     # some archivers write 0 for the month
+            return None
 
 
+@functools.lru_cache(1)
 def open_source(path):
-    """The Source at `path`, a directory or a zip; ClipsError if it is neither."""
+    """The data set at `path`, a directory or a zip; ClipsError if it is neither. A big zip's list of two
+    million files is read once a process, not once a shard."""
     if path.is_dir():
         return Folder(path)
     if path.is_file() and path.suffix == ".zip":
         return Zip(path)
     raise clips.ClipsError(f"{path} is neither a directory nor a .zip: no CALVIN data set")
-
-
-def has(source, name):
-    try:
-        source.open(name).close()
-    except FileNotFoundError:
-        return False
-    return True
 
 
 class SafeUnpickler(pickle.Unpickler):
@@ -125,8 +176,8 @@ def load_annotations(source, name):
         raise clips.ClipsError(f"{path} is missing: only annotated segments can be packed") from None
     except clips.ClipsError as error:
         raise clips.ClipsError(f"{path}: {error}") from None
-    except (OSError, EOFError, pickle.UnpicklingError, AttributeError, IndexError, KeyError, TypeError,
-            ValueError, zipfile.BadZipFile) as error:
+    except (OSError, pickle.UnpicklingError, AttributeError, IndexError, KeyError, TypeError, ValueError,
+            MemoryError, OverflowError, RecursionError, *DAMAGED) as error:
         raise clips.ClipsError(f"{path} is not a CALVIN annotation ({error!r}): download it again") from None
     if not len(sentences) == len(tasks) == len(pairs):
         raise clips.ClipsError(f"{path}: {len(sentences)} sentences, {len(tasks)} tasks, {len(pairs)} pairs")
@@ -138,38 +189,30 @@ def load_recordings(source, name):
     try:
         with source.open(name) as file:
             recordings = np.load(file, allow_pickle=False).astype(np.int64).reshape(-1, 2)
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, MemoryError, *DAMAGED) as error:
         raise clips.ClipsError(f"{source.path / name} can't be read ({error}): download it again") from None
     return recordings[np.argsort(recordings[:, 0])]
 
 
 def segments(source, split, dropped):
     """Yield the Segments of DATASET/training or /validation that lie within a recording; count the others."""
-    recordings = load_recordings(source, f"{split}/ep_start_end_ids.npy")
-    annotations = f"{split}/lang_annotations/auto_lang_ann.npy"
-    for sentence, task, (first, last) in zip(*load_annotations(source, annotations)):
+    recordings = source.recordings(split)
+    for sentence, task, (first, last) in zip(*source.annotations(split)):
         episode = int(np.searchsorted(recordings[:, 0], first, side="right")) - 1
         if episode < 0 or not first <= last <= recordings[episode, 1]:
             dropped["outside every recording"] += 1
         else:
             yield Segment(int(first), int(last), sentence, task, episode)
-    if source.date(annotations) < MENDED and "ABC" in source.path.name:
-        print(f"WARNING: {annotations} is of {source.date(annotations)}; before {MENDED} the annotations of "
-              "ABC and ABCD were wrong: download them again")
+    date = source.annotated(split)
+    if date and date < MENDED and "ABC" in source.path.name:
+        print(f"WARNING: {split}'s annotations are of {date}; before {MENDED} those of ABC and ABCD were "
+              "wrong: download them again")
 
 
-def read_frame(source, name, actions):
+def read_frame(source, split, number, actions):
     """Return {key: array} for one frame; ValueError with the reason if it can't be used."""
     rows = {"robot_obs": STATES, actions: ACTIONS}
-    try:
-        with source.open(name) as file, np.load(file, allow_pickle=False) as content:
-            frame = {key: content[key] for key in CAMERAS | rows}
-    except FileNotFoundError:
-        raise ValueError("a frame is missing") from None
-    except KeyError as error:
-        raise ValueError(f"a frame has no {error.args[0].split()[0]}") from None
-    except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile, zlib.error):
-        raise ValueError("a frame can't be read") from None
+    frame = source.frame(split, number, [*CAMERAS, *rows])
     if any(frame[key].shape != shape for key, shape in (CAMERAS | rows).items()) \
             or any(frame[key].dtype != np.uint8 for key in CAMERAS) \
             or any(frame[key].dtype.kind != "f" for key in rows):
@@ -181,8 +224,7 @@ def read_frame(source, name, actions):
 
 def read_clip(source, split, segment, actions):
     """Return what ShardWriter.add needs of a segment; ValueError with the reason if it can't be used."""
-    frames = [read_frame(source, f"{split}/episode_{i:07d}.npz", actions)
-              for i in range(segment.first, segment.last + 1)]
+    frames = [read_frame(source, split, i, actions) for i in range(segment.first, segment.last + 1)]
     stacked = {key: np.stack([frame[key] for frame in frames]) for key in frames[0]}
     return dict(frames={key: stacked[key] for key in CAMERAS}, sentence=segment.sentence, task=segment.task,
                 episode=segment.episode, robot_obs=stacked["robot_obs"].astype(np.float32),
@@ -210,13 +252,22 @@ def pack_shard(job):
     return len(part)
 
 
-def in_processes(function, jobs, workers):
-    """map(function, jobs), on `workers` processes if that is more than one; the order is any."""
+def pack_shards(jobs, workers):
+    """pack_shard for each job, on `workers` processes if that is more than one; yields as they end."""
     if workers == 1 or len(jobs) < 2:
-        yield from map(function, jobs)
+        yield from map(pack_shard, jobs)
         return
-    with multiprocessing.get_context("spawn").Pool(min(workers, len(jobs))) as pool:
-        yield from pool.imap_unordered(function, jobs)
+    open_source.cache_clear()                                  # each worker has its own
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(min(workers, len(jobs)), spawn) as pool:
+        try:
+            for done in concurrent.futures.as_completed([pool.submit(pack_shard, job) for job in jobs]):
+                yield done.result()
+        except BrokenProcessPool:
+            raise clips.ClipsError("a worker was killed, perhaps for want of memory (take fewer --workers); "
+                                   "the same command goes on where it was") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def shards_of(args, split):
@@ -237,7 +288,7 @@ def pack(args, split):
     total = sum(len(job[4]) for job in mine)
     with tqdm(total=total, initial=total - sum(len(job[4]) for job in todo), desc=str(out),
               unit="segment") as bar:
-        for count in in_processes(pack_shard, todo, args.workers):
+        for count in pack_shards(todo, args.workers):
             bar.update(count)
     if not all(clips.shard_is_done(out, job[3]) for job in shards):
         print(f"{out}: part {args.shard} is done; once all parts are there, start the command again")
@@ -252,7 +303,7 @@ def pack(args, split):
 
 
 def verify(args, split):
-    """Read every segment again beside its clip: rows equal, pictures near? -> how many clips differ."""
+    """Read every segment again beside its clip: rows equal, pictures near? -> whether anything differs."""
     data, source, found, differ = clips.Clips(args.out / split), open_source(args.dataset), 0, 0
     for job in tqdm(shards_of(args, split)[0], desc=f"verify {split}", unit="shard"):
         for segment in job[4]:
@@ -260,14 +311,22 @@ def verify(args, split):
                 raw = read_clip(source, split, segment, args.actions)
             except ValueError:
                 continue                                       # left out, and reported then
-            clip = data.read(found)
-            near = all(np.abs(clip["frames"][c].astype(int) - raw["frames"][c]).mean() < 3 for c in CAMERAS)
-            same = all(np.array_equal(clip[key], raw[key]) for key in ("robot_obs", "rel_actions"))
-            texts = (data.sentences[found], data.tasks[found]) == (segment.sentence, segment.task)
-            differ += not (near and same and texts)
+            differ += found < len(data) and not is_same(data, found, raw)
             found += 1
     print(f"{args.out / split}: {differ} of {len(data)} clips differ from {args.dataset}")
-    return differ + abs(found - len(data))
+    if found != len(data):
+        print(f"{args.out / split}: {len(data)} clips, but {found} segments of {args.dataset} can be read: "
+              f"it has changed since; delete {args.out / split} and pack it again")
+    return differ > 0 or found != len(data)
+
+
+def is_same(data, i, raw):
+    """Whether clip i is what read_clip gave, but for JPEG's losses."""
+    clip = data.read(i)
+    return (all(clip["frames"][c].shape == raw["frames"][c].shape
+                and np.abs(clip["frames"][c].astype(int) - raw["frames"][c]).mean() < 3 for c in CAMERAS)
+            and all(np.array_equal(clip[key], raw[key]) for key in ("robot_obs", "rel_actions"))
+            and (data.sentences[i], data.tasks[i]) == (raw["sentence"], raw["task"]))
 
 
 def parse():
@@ -278,30 +337,34 @@ def parse():
     parser.add_argument("--actions", default="rel_actions", choices=["rel_actions", "executed_actions"],
                         help="CALVIN's, or what record_calvin.py's expert commanded (default: CALVIN's)")
     parser.add_argument("--verify", action="store_true", help="pack nothing, compare OUT with DATASET")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
+    parser.add_argument("--workers", type=int, help="processes (default: all cores, but for a zip at most "
+                        f"{ZIP_WORKERS}, which take a GB or two each)")
     parser.add_argument("--shard", default="1/1", metavar="I/N", help="pack the I-th of N parts, I = 1 .. N")
     args = parser.parse_args()
     args.part, args.parts = clips.parse_part(parser, args.shard)
     if args.limit is not None and args.limit < 1:
         parser.error("--limit must be at least 1")
+    if args.workers is None:
+        args.workers = min(os.cpu_count(), ZIP_WORKERS if args.dataset.suffix == ".zip" else os.cpu_count())
     if args.workers < 1:
         parser.error("--workers must be at least 1")
     return args
 
 
 def main():
-    args, differ = parse(), 0
+    args, failed = parse(), False
     try:
-        source = open_source(args.dataset)
-        splits = [name for name in ("training", "validation") if has(source, f"{name}/ep_start_end_ids.npy")
-                  or (args.dataset / name).is_dir()]
+        splits = open_source(args.dataset).splits()
         if not splits:
             raise clips.ClipsError(f"{args.dataset} has no training/ or validation/: no CALVIN data set")
         for split in splits:
-            differ += verify(args, split) if args.verify else pack(args, split) or 0
+            if args.verify:
+                failed |= verify(args, split)
+            else:
+                pack(args, split)
     except (clips.ClipsError, OSError) as error:       # OSError: OUT can't be written, the disk is full
         sys.exit(f"prepare_calvin.py: {error}")
-    sys.exit(bool(differ))
+    sys.exit(failed)
 
 
 if __name__ == "__main__":
