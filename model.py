@@ -33,7 +33,7 @@ import struct
 import time
 import warnings
 import zlib
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -1072,33 +1072,16 @@ class Policy:
     @torch.no_grad()
     def step(self, observation, sentence):
         """observation: dict with uint8 (H, W, 3) images by camera name and robot_obs (15,); sentence: str.
-        Returns rel_actions float32 (7,): six in [-1, 1], gripper -1 (close) or +1 (open).
+        Returns rel_actions float32 (7,): six of about [-1, 1], not cut off there (nor does the official
+        evaluation), gripper -1 (close) or +1 (open).
         """
-        arm, gripper = self.actions(observation, sentence)
-        return np.append(arm[0], 1.0 if gripper[0] > 0 else -1.0).astype(np.float32)
+        return to_action(*self.actions(observation, sentence))
 
     @torch.no_grad()
     def actions(self, observation, sentence):
         """Like step, for the whole predicted chunk: arm (K, 6) and gripper logits (K,) as numpy arrays."""
-        if not sentence.strip():
-            raise ModelError("the instruction is empty: say what the robot should do")
-        model, config = self.model, self.model.config
-        if sentence != self.sentence:
-            self.sentence, self.language = sentence, model.encode_language([sentence])
-        self.frames = {c: torch.tensor(observation[c]).to(self.device).permute(2, 0, 1)[None]
-                       for c in config.cameras}
-        images = model.encode_images({c: to_pixels(f, config.cameras[c]) for c, f in self.frames.items()})
-        state = torch.as_tensor(observation["robot_obs"], dtype=torch.float32, device=self.device)
-        self.history.append((images[0], model.encode_state(state)))
-        arm, gripper = model.action_head(self.ask(model.query_act))
-        return arm[0].float().clamp(-1, 1).cpu().numpy(), gripper[0].float().cpu().numpy()
-
-    def ask(self, queries):
-        """Answers (1, R, D) to queries (R, D) put at the window's last step."""
-        images, states = (torch.stack(x)[None] for x in zip(*self.history))
-        context = self.model.context(self.language, images, states)
-        last = torch.full((len(queries),), len(self.history) - 1, device=self.device)
-        return self.model.trunk(context, queries[None], last)
+        arm, gripper = act_together([self], [observation], [sentence])
+        return arm[0], gripper[0]
 
     @torch.no_grad()
     def predicted_frames(self):
@@ -1110,8 +1093,49 @@ class Policy:
             raise ModelError("nothing was seen yet: call step before predicted_frames")
         queries, _ = model.queries([], [len(self.history) - 1])
         now = {c: to_pixels(self.frames[c], side)[:, None] for c, side in config.cameras.items()}
-        out = model.heads(self.ask(queries), 0, now)
+        out = model.heads(ask([self], queries), 0, now)
         return {c: to_images(draw(out[c][:, 0], now[c][:, 0], config))[0].cpu().numpy() for c in now}
+
+
+def to_action(arm, gripper):
+    """A chunk, arm (K, 6) and gripper logits (K,), -> the rel_actions (7,) to execute now: its first."""
+    return np.append(arm[0], 1.0 if gripper[0] > 0 else -1.0).astype(np.float32)
+
+
+@torch.no_grad()
+def act_together(policies, observations, sentences):
+    """What B policies of one model predict after one more observation each: arm (B, K, 6) and gripper logits
+    (B, K) as numpy arrays. All frames are encoded at once; windows of one length are asked at once.
+    """
+    if not all(sentence.strip() for sentence in sentences):
+        raise ModelError("the instruction is empty: say what the robot should do")
+    model, config, device = policies[0].model, policies[0].model.config, policies[0].device
+    frames = {c: torch.tensor(np.stack([seen[c] for seen in observations])).to(device).permute(0, 3, 1, 2)
+              for c in config.cameras}
+    images = model.encode_images({c: to_pixels(x, config.cameras[c]) for c, x in frames.items()})
+    robot_obs = np.stack([np.asarray(seen["robot_obs"], np.float32) for seen in observations])
+    states, by_length = model.encode_state(torch.tensor(robot_obs, device=device)), defaultdict(list)
+    for i, (policy, sentence) in enumerate(zip(policies, sentences)):
+        if sentence != policy.sentence:
+            policy.sentence, policy.language = sentence, model.encode_language([sentence])
+        policy.frames = {c: x[i:i + 1] for c, x in frames.items()}
+        policy.history.append((images[i], states[i]))
+        by_length[len(policy.history)].append(i)
+    arm, gripper = (np.empty((len(policies), config.chunk, *more), np.float32) for more in ((6,), ()))
+    for rows in by_length.values():
+        answers = model.action_head(ask([policies[i] for i in rows], model.query_act))
+        arm[rows], gripper[rows] = (x.float().cpu().numpy() for x in answers)
+    return arm, gripper
+
+
+def ask(policies, queries):
+    """Answers (B, R, D) to queries (R, D) put at the last step of B policies' windows of one length."""
+    model, length = policies[0].model, len(policies[0].history)
+    images, states = (torch.stack([torch.stack(x) for x in each])
+                      for each in zip(*(zip(*policy.history) for policy in policies)))
+    context = model.context(torch.cat([policy.language for policy in policies]), images, states)
+    last = torch.full((len(queries),), length - 1, device=queries.device)
+    return model.trunk(context, queries.expand(len(policies), -1, -1), last)
 
 
 def draw(prediction, now, config):
@@ -1218,7 +1242,7 @@ def acting_calls(ours, theirs, device):
     def original():
         getattr(theirs.text, "cache", {}).clear()
         out = theirs({c: x.to(device) for c, x in pixels.items()}, [sentence], states[None].to(device))
-        return torch.cat([out["arm"][0, -1].clamp(-1, 1), out["gripper"][0, -1, :, None]], -1).float().cpu()
+        return torch.cat([out["arm"][0, -1], out["gripper"][0, -1, :, None]], -1).float().cpu()
 
     def here(observation=seen[-1]):
         arm, gripper = policy.actions(observation, sentence)
