@@ -26,7 +26,9 @@ import argparse
 import collections
 import contextlib
 import difflib
+import fcntl
 import hashlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -41,10 +43,10 @@ import torch
 from tqdm import tqdm
 
 import calvin
+import calvin_expert
 import clips
 import model as gr1
-import record_calvin
-import sample
+import pictures
 import tabletop
 
 CHAIN = 5                      # instructions
@@ -95,11 +97,14 @@ def parse():
                         help="play nothing, report on these runs' episodes")
     parser.add_argument("--list", action="store_true", help="print CALVIN's chains and initial states")
     parser.add_argument("--redraw", action="store_true", help="with --list: draw the chains anew (a minute)")
-    parser.add_argument("--out", default="out/eval", help="directory of the report (default: out/eval)")
+    parser.add_argument("--out", help="directory of the report (default: out/eval, out/eval-calvin, or "
+                        "out/eval-merged)")
     args = parser.parse_args()
     for name, tables, calvins in ("episodes", 20, 0), ("chains", 200, calvin.CHAINS):
         if getattr(args, name) is None:
             setattr(args, name, calvins if args.env == "calvin" else tables)
+    if args.out is None:
+        args.out = "out/eval" + ("-merged" if args.merge else "-calvin" if args.env == "calvin" else "")
     if args.steps is None:
         args.steps = RULES[args.env].STEPS
     if min(args.workers, args.steps) < 1 or min(args.seed, args.episodes, args.chains) < 0:
@@ -113,6 +118,7 @@ def parse():
         parser.error("--gif is for --env calvin; sample.py films the tabletop")
     args.tasks = parse_tasks(parser, args)
     args.part, args.parts = clips.parse_part(parser, args.shard)
+    args.device = None             # what draws; calvin.probe finds out
     return args
 
 
@@ -164,7 +170,7 @@ class Scripted(Baseline):
 
     def start(self, world, task):
         if isinstance(world, calvin.Calvin):
-            self.expert = self.expert or record_calvin.Expert(world, self.rng)
+            self.expert = self.expert or calvin_expert.Expert(world, self.rng)
             self.actions = self.expert.perform(task)
         else:
             self.actions = (tabletop.demonstrate(world, task, self.rng) if tabletop.feasible(world, task)
@@ -174,10 +180,14 @@ class Scripted(Baseline):
         return next(self.actions, np.array([0, 0, 0, 0, 0, 0, observation["robot_obs"][14]], np.float32))
 
 
+def device_of(args):
+    """On a GPU only if it --serves: workers have none of their own."""
+    return "cuda" if args.serve and torch.cuda.is_available() else "cpu"
+
+
 def load_policy(args):
-    """The policy that --policy names; "untrained" is --preset with fresh weights. On a GPU, if it --serves:
-    workers have none of their own."""
-    device = "cuda" if args.serve and torch.cuda.is_available() else "cpu"
+    """The policy that --policy names; "untrained" is --preset with fresh weights."""
+    device = device_of(args)
     if args.policy in ("random", "noop"):
         return Baseline(args.policy, args.seed)
     if args.policy == "scripted":
@@ -215,56 +225,32 @@ class Remote:
 
 
 class Server:
-    """The main process's side: a history for each worker, one model for all."""
+    """The main process's side: a history for each worker, one model for all. Who asks at the same moment
+    shares a batch, and a batch's size changes the last bits of a float: what a policy does near a threshold
+    may differ between two such runs, as it does between two kinds of GPU. The report says so."""
 
     def __init__(self, policy):
         self.model, self.policies = policy.model, {}
 
-    def answer(self, asked):
-        """asked: list of (connection, question, content), at most one of each connection."""
+    def answers(self, asked):
+        """asked: list of (connection, question, content), at most one of each connection; -> what to send:
+        list of (connection, answer)."""
         for connection, _, _ in asked:
             self.policies.setdefault(connection, gr1.Policy(self.model))
-        for connection, question, _ in asked:
-            if question == "foresight":
-                connection.send(foresight(self.policies[connection]))
+        found = [(connection, foresight(self.policies[connection])) for connection, question, _ in asked
+                 if question == "foresight"]
         steps = [(connection, *content) for connection, question, content in asked if question == "step"]
         for connection, _, _, fresh in steps:
             if fresh:
                 self.policies[connection].reset()
-        if steps:
-            connections, observations, sentences, _ = zip(*steps)
-            actions = act_together([self.policies[c] for c in connections], observations, sentences)
-            for connection, action in zip(connections, actions):
-                connection.send(action)
+        if not steps:
+            return found
+        connections, observations, sentences, _ = zip(*steps)
+        arm, gripper = gr1.act_together([self.policies[c] for c in connections], observations, sentences)
+        return found + list(zip(connections, map(gr1.to_action, arm, gripper)))
 
-
-@torch.no_grad()
-def act_together(policies, observations, sentences):
-    """What each policy's step would return, float32 (B, 7), with the frames of all encoded at once and one
-    forward for all histories of one length. The policies share their model."""
-    model, cameras = policies[0].model, policies[0].model.config.cameras
-    device, actions = policies[0].device, np.empty((len(policies), 7), np.float32)
-    frames = {c: torch.from_numpy(np.stack([o[c] for o in observations])).to(device).permute(0, 3, 1, 2)
-              for c in cameras}
-    images = model.encode_images({c: gr1.to_pixels(x, cameras[c]) for c, x in frames.items()})
-    robot_obs = np.stack([o["robot_obs"] for o in observations]).astype(np.float32)
-    states, groups = model.encode_state(torch.from_numpy(robot_obs).to(device)), collections.defaultdict(list)
-    for i, (policy, sentence) in enumerate(zip(policies, sentences)):
-        policy.frames = {c: x[i:i + 1] for c, x in frames.items()}
-        if sentence != policy.sentence:
-            policy.sentence, policy.language = sentence, model.encode_language([sentence])
-        policy.history.append((images[i], states[i]))
-        groups[len(policy.history)].append(i)
-    for length, group in groups.items():
-        seen, felt = (torch.stack([torch.stack(x) for x in xs])
-                      for xs in zip(*(zip(*policies[i].history) for i in group)))
-        context = model.context(torch.cat([policies[i].language for i in group]), seen, felt)
-        queries = model.query_act.expand(len(group), -1, -1)
-        last = torch.full((queries.shape[1],), length - 1, device=device)
-        arm, gripper = model.action_head(model.trunk(context, queries, last))
-        actions[group, :6] = arm[:, 0].clamp(-1, 1).cpu().numpy()
-        actions[group, 6] = np.where(gripper[:, 0].cpu().numpy() > 0, 1, -1)
-    return actions
+    def forget(self, connection):
+        self.policies.pop(connection, None)
 
 
 def foresight(policy):
@@ -350,12 +336,12 @@ def shot(observation, policy, caption):
 
 def write_film(path, film, outcome):
     """Write an episode's shots as a GIF; what became of it stands below each sentence."""
-    pages = [sample.page([(caption, sample.LARGE, sample.INK), (outcome, sample.SMALL, sample.GRAY)],
-                         ["rgb_static", "rgb_gripper"],
-                         [[(row, [sample.enlarge(image, 200) for image in images])]
-                          for row, images in rows.items()])
+    text = lambda caption: [(caption, pictures.LARGE, pictures.INK), (outcome, pictures.SMALL, pictures.GRAY)]
+    pages = [pictures.page(text(caption), ["rgb_static", "rgb_gripper"],
+                           [[(row, [pictures.enlarge(image, 200) for image in images])]
+                            for row, images in rows.items()])
              for caption, rows in film]
-    sample.write_gif(path, pages)
+    pictures.write_gif(path, pages)
 
 
 def play(job, world, policy, args):
@@ -405,6 +391,35 @@ def hire(context, args):
     return ours, process
 
 
+def hear(ours):
+    """What a worker says: (kind, content)."""
+    try:
+        return ours.recv()
+    except (EOFError, ConnectionResetError):
+        return "died", None
+
+
+def tell(ours, what, crew):
+    try:
+        ours.send(what)
+    except (BrokenPipeError, ConnectionResetError):
+        raise died(ours, crew) from None
+
+
+def died(ours, crew):
+    crew[ours].join()
+    return gr1.ModelError(f"a worker died (exit status {crew[ours].exitcode}), what it said stands above; "
+                          "finished episodes are kept: --resume")
+
+
+def dismiss(ours, crew):
+    """Let a worker go. Should it hang in EGL's own end, nobody waits for that."""
+    process = crew.pop(ours)
+    process.join(10)
+    process.terminate()
+    ours.close()
+
+
 def play_all(args, jobs):
     """Play the jobs on --workers processes: yields results as they come. A worker's death is a ModelError."""
     context, todo, crew, given = multiprocessing.get_context("spawn"), collections.deque(jobs), {}, {}
@@ -415,28 +430,22 @@ def play_all(args, jobs):
             while todo and len(crew) < min(args.workers, len(jobs)):
                 ours, process = hire(context, args)
                 crew[ours], given[ours] = process, 0
-            asked = []
-            for ours in multiprocessing.connection.wait(crew):
-                try:
-                    kind, result = ours.recv()
-                except (EOFError, ConnectionResetError):
-                    crew[ours].join()
-                    raise gr1.ModelError(f"a worker died (exit status {crew[ours].exitcode}), what it said "
-                                         "stands above; finished episodes are kept: --resume") from None
-                if kind != "result":
-                    asked.append((ours, kind, result))
-                    continue
+            said = [(ours, *hear(ours)) for ours in multiprocessing.connection.wait(crew)]
+            yield from (content for _, kind, content in said if kind == "result" and content is not None)
+            for ours in [ours for ours, kind, _ in said if kind == "died"]:
+                raise died(ours, crew)
+            for ours in [ours for ours, kind, _ in said if kind == "result"]:
                 if todo and (args.env == "tabletop" or given[ours] < RECYCLE):
                     given[ours] += 1
-                    ours.send(todo.popleft())
+                    tell(ours, todo.popleft(), crew)
                 else:
-                    ours.send(None)
-                    crew.pop(ours).join()
-                    del given[ours]
-                if result is not None:
-                    yield result
-            if asked:
-                server.answer(asked)
+                    tell(ours, None, crew)
+                    dismiss(ours, crew)
+                    if server:
+                        server.forget(ours)
+            asked = [each for each in said if each[1] != "result"]
+            for ours, answer in server.answers(asked) if asked else ():
+                tell(ours, answer, crew)
     finally:
         for process in crew.values():
             process.terminate()
@@ -544,13 +553,18 @@ def settings(args):
     said = {"env": args.env, "scene": args.scene, "policy": args.policy, "language": language,
             "seed": args.seed, "episodes a task": args.episodes, "tasks": args.tasks,
             "chains": args.chains, "steps an instruction": args.steps}
+    if looks(args):
+        said["acting"] = (f"one model for all workers on {device_of(args)}, in batches whose last bits "
+                          "depend on timing" if args.serve else "a model for each worker, on cpu")
     if args.policy == "model":
         said["checkpoint"] = fingerprint(args.checkpoint)
     if args.policy == "untrained":
         said["preset"] = args.preset
     if args.env == "tabletop":
         return said
-    drawn = calvin.probe(renderer(args))                      # here, before any worker finds out the hard way
+    # Here, before any worker finds out the hard way. What exactly draws may differ between machines whose
+    # episodes are to be merged: each episode says it.
+    drawn, _, args.device = calvin.probe(renderer(args)).partition(", ")
     return said | {"calvin_env": calvin.commit(),
                    "renderer": drawn if looks(args) else "none: the policy doesn't look"}
 
@@ -582,7 +596,7 @@ def read_episodes(directory):
     """What a run has written: -> (settings, list of episodes). A last line cut off by a kill is left out."""
     path = pathlib.Path(directory) / "episodes.jsonl"
     if not path.is_file():
-        raise gr1.ModelError(f"{path} is not there: {directory} holds no run to go on with or to merge")
+        raise gr1.ModelError(f"{path} is not there: {directory} holds no run to merge")
     whole = path.read_bytes().rpartition(b"\n")[0].splitlines()
     try:
         said, *results = [json.loads(line) for line in whole]
@@ -599,16 +613,46 @@ def check_same(before, now, where):
 
 
 def begin(args, said):
-    """Open --out's episodes.jsonl: -> (episodes that are there, file to append to)."""
+    """Open --out's episodes.jsonl, locked: -> (episodes that are there, file to append to)."""
     path = pathlib.Path(args.out) / "episodes.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not args.resume or not path.exists():
-        clips.write_whole(path, json.dumps(dict(settings=said)).encode() + b"\n")
+    file = open_alone(path)
+    if not args.resume and path.read_bytes().count(b"\n") > 1:
+        make_room(path.parent)
+        path.parent.mkdir()
+        file = open_alone(path)
+    if not args.resume:
+        file.truncate(0)                                       # settings without an episode, at most
+    if not path.stat().st_size:
+        file.write(to_line(dict(settings=said)))
     before, results = read_episodes(args.out)
     check_same(before, said, args.out)
-    lines = [dict(settings=said), *results]                   # again, without what a kill cut off
-    clips.write_whole(path, b"".join(json.dumps(line).encode() + b"\n" for line in lines))
-    return results, open(path, "ab", buffering=0)
+    file.truncate(path.read_bytes().rfind(b"\n") + 1)         # what a kill cut off
+    return results, file
+
+
+def to_line(content):
+    return json.dumps(content).encode() + b"\n"
+
+
+def open_alone(path):
+    """The file to append to; ModelError if another process has it open: two runs would mix."""
+    file = open(path, "ab", buffering=0)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise gr1.ModelError(f"another run is writing {path}: choose another --out") from None
+    except OSError:                                            # a file system that knows no locks
+        pass
+    return file
+
+
+def make_room(directory):
+    """Move an earlier run aside, as train.py does, so that nothing is overwritten."""
+    n = next(n for n in itertools.count(1) if not pathlib.Path(f"{directory}.{n}").exists())
+    directory.rename(f"{directory}.{n}")
+    print(f"out: the run that was in {directory} is now in {directory}.{n} (--resume would have gone on with "
+          "it)", file=sys.stderr)
 
 
 def run(args):
@@ -616,6 +660,9 @@ def run(args):
     if args.policy != "scripted":
         load_policy(args)                          # what is wrong is said once, here, not by every worker
     said = settings(args)
+    if args.env == "calvin" and renderer(args) == "tiny":
+        print("WARNING: TinyRenderer's pictures differ from those of CALVIN's data by 19 of 255, so scores "
+              "do too; EGL's are the ones to compare", file=sys.stderr)
     mine = jobs_of(said)[args.part - 1::args.parts]
     if not mine:
         raise gr1.ModelError("nothing to play: --episodes and --chains are both 0, or --shard is empty")
@@ -625,14 +672,15 @@ def run(args):
     with file, tqdm(total=len(mine), initial=len(mine) - len(todo), desc="episodes",
                     disable=not sys.stderr.isatty()) as bar:
         for result in play_all(args, todo):
-            file.write(json.dumps(result).encode() + b"\n")
+            result |= dict(device=args.device)
+            file.write(to_line(result))
             results.append(result)
             bar.update()
     return said, results
 
 
 def merge(args):
-    """Join the episodes of several runs: -> settings, episodes; none may be there twice."""
+    """Join the episodes of several runs in --out: -> settings, episodes; none may be there twice."""
     said, results = read_episodes(args.merge[0])
     for directory in args.merge[1:]:
         other, more = read_episodes(directory)
@@ -642,6 +690,11 @@ def merge(args):
     if max(count.values(), default=0) > 1:
         raise gr1.ModelError(f"{sum(n > 1 for n in count.values())} episodes are there twice, such as "
                              f"{max(count, key=count.get)}: give each shard once")
+    path = pathlib.Path(args.out) / "episodes.jsonl"
+    if path.exists() and not set(map(key, read_episodes(args.out)[1])) <= set(count):
+        raise gr1.ModelError(f"{args.out} holds episodes of another run: choose another --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    clips.write_whole(path, b"".join(map(to_line, [dict(settings=said), *results])))
     return said, results
 
 
@@ -653,6 +706,8 @@ def title(said, results):
     if said["env"] == "calvin":
         name = f"CALVIN{'' if said['chains'] else ', single instructions'}, scene {said['scene']}"
         whole += calvin.CHAINS - said["chains"] if said["chains"] else 0
+    if said.get("renderer") == "TinyRenderer":
+        name += ", drawn by TinyRenderer: no score of CALVIN's"
     return name if there == whole else f"PARTIAL ({there} of {whole} episodes): {name}"
 
 
@@ -666,8 +721,8 @@ def report(args, said, results):
     time_spent = timing(results, said["steps an instruction"])
     header |= {"steps": time_spent["steps"], "steps a second of a process": time_spent["steps_per_second"],
                "seconds, by part": ", ".join(f"{k} {v}" for k, v in time_spent["seconds"].items())}
-    if "TinyRenderer" in str(said.get("renderer")):
-        header["WARNING"] = "TinyRenderer's pictures differ from those of CALVIN's data (EGL): so do scores"
+    devices = sorted({r["device"] for r in results if r.get("device")})
+    header |= {"drawn by": "; ".join(devices)} if devices else {}
     text, out = markdown(header, figures), pathlib.Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     for name, content in (("report.md", text), ("report.json", json.dumps(
