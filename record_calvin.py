@@ -40,7 +40,7 @@ def start_play(world, seed):
     bit aside and turned otherwise; in the others calvin_env's own reset draws blocks, we draw fixtures."""
     rng = np.random.default_rng([seed, 0])
     if world.scene == "D":
-        robot, scene = calvin.initial_state(calvin.initial_conditions()[rng.integers(192)], seed)
+        robot, scene = calvin.draw_start(world.scene, None, seed)
         blocks = scene[6:].reshape(3, 6)
         blocks[:, :2] += rng.uniform(-0.02, 0.02, (3, 2)) * (blocks[:, 1:2] < 0)     # of those on the table
         return world.reset(robot, scene)
@@ -118,6 +118,7 @@ def measure(scene, seed, n):
 # ------------------------------------------------------------------------------------------------------------
 # recording
 
+SIZES = [200, 84]              # sides of CALVIN's pictures [pixels]
 SESSIONS = 400                 # of play for a shard at most; a task that is still lacking then is reported
 
 
@@ -194,10 +195,18 @@ def draw(index, scene, args, searched):
     with WRITERS[args.format](args, index, scene) as writer:
         for demo in demos:
             pictures = [draw_pose(world, step.pose) for step in demo.steps]
-            frames = {camera: np.stack([x[camera] for x in pictures]) for camera in pictures[0]}
+            frames = {camera: np.stack([smaller(x[camera], size) for x in pictures])
+                      for camera, size in zip(pictures[0], args.sizes)}
             writer.add(demo.task, str(rng.choice(calvin.SENTENCES[demo.task]["training"])), frames,
                        *rows_of(demo))
     return tried
+
+
+def smaller(picture, size):
+    """A square picture in `size` pixels a side."""
+    if len(picture) == size:
+        return picture
+    return np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BILINEAR))
 
 
 def rows_of(demo):
@@ -442,7 +451,8 @@ def record_all(args):
     per_shard = args.each * len(args.tasks)
     shards = -(-args.demos // per_shard)
     clips.claim(home(args), format=args.format, split=args.split, actions=args.actions, tasks=args.tasks,
-                each=args.each, play=args.play, scenes=args.scenes, seed=args.seed, renderer=args.renderer)
+                each=args.each, play=args.play, sizes=args.sizes, scenes=args.scenes, seed=args.seed,
+                renderer=args.renderer)
     mine = range(args.part - 1, shards, args.parts)
     todo = [(index, args.scenes[index % len(args.scenes)], args) for index in mine
             if not is_done(args, index)]
@@ -476,10 +486,13 @@ def parse():
                         help="which, a name twice: twice as often (default: all 34)")
     parser.add_argument("--each", type=int, default=1, help="demos of a task in a shard (default: 1)")
     parser.add_argument("--play", type=int, default=8, metavar="N",
-                        help="tasks done one after the other before a new state is drawn; 1: all from the "
-                        "arm's home (default: 8)")
+                        help="tasks done one after the other before a new state is drawn; 1: all start from "
+                        "the arm's home (default: 8)")
     parser.add_argument("--format", default="clips", choices=list(WRITERS),
                         help="clips.py's or CALVIN's files (default: clips)")
+    parser.add_argument("--sizes", type=int, nargs=2, default=SIZES, metavar=("STATIC", "GRIPPER"),
+                        help="clips: pixels of the pictures' sides, smaller for a laptop (default: CALVIN's, "
+                        "200 84)")
     parser.add_argument("--actions", default="executed", choices=["executed", "achieved"],
                         help="clips: commands, or CALVIN's convention (default: executed)")
     parser.add_argument("--split", default="training", choices=["training", "validation"],
@@ -501,6 +514,8 @@ def parse():
         parser.error("--demos, --each, --play and --workers must be 1 or more, --seed 0 or more")
     if not args.measure and args.out is None and args.replay is None:
         parser.error("--out DIR says where to record, --measure only looks how well the expert does")
+    if min(args.sizes) < 1 or (args.format == "calvin" and args.sizes != SIZES):
+        parser.error("--sizes must be 1 or more; CALVIN's files have CALVIN's own, 200 84")
     if args.format == "calvin" and args.each * len(args.tasks) * (calvin.STEPS + 4) > CalvinWriter.FRAMES:
         parser.error(f"--each {args.each}: a shard of CALVIN's files holds {CalvinWriter.FRAMES} frames")
     return args
