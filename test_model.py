@@ -7,6 +7,7 @@ the scripts, README. Reads fixtures/official_small.npz: inputs, weights and outp
 layout.
 """
 import argparse
+import ast
 import collections
 import contextlib
 import dataclasses
@@ -1890,8 +1891,8 @@ def test_calvin_starts_of_single_instructions():
 
 
 def test_chains_and_states_equal_the_golden_ones():
-    """Catches any chain or initial state that differs from calvin_agent's, to the last bit. The golden figures
-    are too big for the repository; what equals them has this checksum."""
+    """Catches any chain or initial state that differs from calvin_agent's, to the last bit. The golden
+    figures are too big for the repository; what equals them has this checksum."""
     text = run("eval_calvin.py", "--list")[1]
     assert hashlib.sha256(text.encode()).hexdigest() == (
         "05b7ca1e2ebc4a081fbb51055c8a52449d8b813c975198faaa250abaa9b72395")
@@ -2286,7 +2287,9 @@ def test_no_file_imports_a_script():
     """Catches parts that others need but that live in a script, and imports in a circle."""
     scripts = {"train", "sample", "eval_calvin", "record_calvin", "prepare_calvin", "prepare_ego4d"}
     for path in ROOT.glob("*.py"):
-        names = set(re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.M))
+        names = {name for node in ast.walk(ast.parse(path.read_text()))
+                 if isinstance(node, (ast.Import, ast.ImportFrom))
+                 for name in (getattr(node, "module", None), *(alias.name for alias in node.names))}
         assert path.name == "test_model.py" or not names & scripts, path
 
 
