@@ -12,7 +12,6 @@ import collections
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import fractions
 import hashlib
 import io
@@ -1811,19 +1810,25 @@ def test_killed_and_sharded_runs_give_the_straight_report(tmp_path, monkeypatch)
     assert not (tmp_path / "no").exists()
 
 
-def test_nothing_played_is_lost(tmp_path, monkeypatch):
+def test_nothing_played_is_lost(tmp_path, monkeypatch, capsys):
     """Catches a run that overwrites an earlier one, two that write one file, a result thrown away because the
     worker who sent it died next."""
-    play = ["eval_calvin.py", "--policy", "noop", "--episodes", 0, "--chains", 1, "--workers", 1,
-            "--out", tmp_path / "a"]
-    assert run(*play)[0] == 0
-    first = (tmp_path / "a/episodes.jsonl").read_bytes()
-    status, text = run(*play)
-    assert status == 0 and "is now in" in text and (tmp_path / "a.1/episodes.jsonl").read_bytes() == first
-    with open(tmp_path / "a/episodes.jsonl", "ab") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        for more in (), ("--resume",):
-            assert fails_in_one_line(*play, *more, words=["another run is writing", "--out"])
+    args, path = mock.Mock(out=tmp_path / "a", resume=False), tmp_path / "a/episodes.jsonl"
+    said = dict(chains=2)
+    _, file = eval_calvin.begin(args, said)
+    file.write(eval_calvin.to_line(dict(kind="chain", seed=0)))
+    file.close()
+    first = path.read_bytes()
+    results, file = eval_calvin.begin(args, said)                                      # --resume forgotten
+    assert results == [] and (tmp_path / "a.1/episodes.jsonl").read_bytes() == first
+    assert "--resume would have gone on" in capsys.readouterr().err
+    for args.resume in False, True:
+        assert refused("another run is writing", eval_calvin.begin, args, said)
+    file.close()
+    path.write_bytes(first + b'{"kind": "cha')                                         # killed amid a line
+    results, file = eval_calvin.begin(args, said)
+    file.close()
+    assert results == [dict(kind="chain", seed=0)] and path.read_bytes() == first
 
     def hire(context):
         ours, theirs = context.Pipe()
