@@ -166,8 +166,8 @@ def seed_of(args, index):
 
 
 def search(index, scene, args):
-    """A shard's demonstrations, --each of each of --tasks, physics alone: -> [Demo], {task: [steps, or None
-    where it failed]} of all that was tried on the way."""
+    """A shard's demonstrations, --each of each of --tasks, physics alone: -> [(task, poses, what rows_of says)]
+    and, of all that was tried on the way, {task: [steps, or None where it failed]}."""
     quiet()
     world, counts, found, tried = calvin.Calvin(scene, None), Counter(), [], {}
     wanted, seed = Counter(args.tasks * args.each), seed_of(args, index)
@@ -177,7 +177,7 @@ def search(index, scene, args):
             tried.setdefault(demo.task, []).append(len(demo.steps) - 1 if demo.done else None)
             if demo.done and wanted[demo.task] > 0:
                 wanted[demo.task] -= 1
-                found.append(demo)
+                found.append((demo.task, [step.pose for step in demo.steps], rows_of(demo)))
         if not +wanted:
             break
     else:
@@ -191,14 +191,13 @@ def draw(index, scene, args, searched):
     session, which leaks 12 MB where there is EGL; here nothing is loaded twice. -> tried"""
     quiet()
     world, rng = calvin.Calvin(scene, args.renderer), np.random.default_rng([seed_of(args, index), 2])
-    demos, tried = searched
+    found, tried = searched
     with WRITERS[args.format](args, index, scene) as writer:
-        for demo in demos:
-            pictures = [draw_pose(world, step.pose) for step in demo.steps]
+        for task, poses, rows in found:
+            pictures = [draw_pose(world, pose) for pose in poses]
             frames = {camera: np.stack([smaller(x[camera], size) for x in pictures])
                       for camera, size in zip(pictures[0], args.sizes)}
-            writer.add(demo.task, str(rng.choice(calvin.SENTENCES[demo.task]["training"])), frames,
-                       *rows_of(demo))
+            writer.add(task, str(rng.choice(calvin.SENTENCES[task]["training"])), frames, *rows)
     return tried
 
 
