@@ -109,6 +109,13 @@ def run(script, *arguments):
     return int(status or 0), output.getvalue()
 
 
+def run_apart(script, *arguments):
+    """The same in a process of its own, for a script whose workers send it what it defines itself."""
+    command = [sys.executable, ROOT / script, *map(str, arguments)]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    return ended.returncode, ended.stdout + ended.stderr
+
+
 def fails_in_one_line(script, *arguments, words):
     """The command ends with a status, without a traceback and with a line that holds all the words."""
     status, text = run(script, *arguments)
@@ -2044,7 +2051,7 @@ def test_recorded_demonstrations_are_packed_and_replayed(tmp_path):
     record = ["record_calvin.py", "--out", raw, "--format", "calvin", "--tasks", "turn_on_led", "open_drawer",
               "--demos", 2, "--scenes", "B", "--renderer", "tiny", "--workers", 1]
     for _ in range(2):                                                     # the second finds all done
-        status, text = run(*record)
+        status, text = run_apart(*record)
         assert status == 0 and "2 demonstrations" in text, text
     status, text = run("record_calvin.py", "--replay", raw / "training", "--workers", 1)
     assert status == 0 and "scene B: 2 of 2" in text, text
