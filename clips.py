@@ -359,15 +359,22 @@ def open_data(path):
 
 
 class Windows(torch.utils.data.Dataset):
-    """Batches of random windows: windows[step] is a function of (seed, rank, step) alone, so that a resumed
-    run sees the data of a straight one. For DataLoader(windows, batch_size=None, sampler=range(first, last)).
+    """Batches of random windows: windows[step] is a function of (seed, step) alone, so that a resumed run
+    sees the data of a straight one. windows[step, part, parts] is the part-th of so many equal parts of it:
+    processes that share a batch see together what one alone would see.
+    For DataLoader(windows, batch_size=None, sampler=range(first, last)), or an iterator of such triples.
 
     B windows of T steps, each from a clip drawn uniformly from `ids`, short or long. Its start is uniform in
     [-(T-1), L-1], then clipped to [0, L-T]: thus a clip's ends are seen about as often as its middle (T times
     less without the overhang). Only a clip shorter than T is padded: with zeros, after its real steps.
     F more frames are read for targets: frames[:, t + F] is what step t predicts.
 
-        frames       {camera: uint8 (B, T+F, 3, H, W)}
+    With per_clip W > 1, W windows that start one step after the other are cut from each clip and share its
+    frames: a run of N = T+W-1 steps is drawn as one window is otherwise, and stored once. (Where a clip is
+    too short for W windows, the last one comes again.)
+
+        frames       {camera: uint8 (B/W, N+F, 3, H, W)}
+        offsets      int64 (B,)                   where in its run a window starts; only if W > 1
         sentences    [str] * B
         mask         bool (B, T)                  real steps
         future_mask  bool (B, T)                  the clip has a frame t + F
@@ -377,38 +384,47 @@ class Windows(torch.utils.data.Dataset):
         action_mask  bool (B, T, chunk)           those that are known; the others are 0
     """
 
-    def __init__(self, clips, ids, batch_size, window, future, cameras, chunk=1, seed=0, rank=0):
+    def __init__(self, clips, ids, batch_size, window, future, cameras, chunk=1, seed=0, per_clip=1):
         if not set(cameras) <= set(clips.cameras):
             raise ClipsError(f"{clips.directory} has the cameras {list(clips.cameras)}, not {list(cameras)}")
         if not len(ids):
             raise ClipsError(f"{clips.directory}: no clip to draw windows from")
         self.clips, self.ids, self.cameras = clips, np.asarray(ids), list(cameras)
         self.B, self.T, self.F, self.chunk = batch_size, window, future, chunk
-        self.seed, self.rank = seed, rank
+        self.seed, self.W = seed, per_clip
 
     def __len__(self):
         return 2 ** 31 - 1                             # endless, in effect: a run sets its own last step
 
-    def __getitem__(self, step):
-        rng = np.random.default_rng([self.seed, self.rank, step])
-        ids = rng.choice(self.ids, self.B)
+    def __getitem__(self, key):
+        step, part, parts = key if isinstance(key, tuple) else (key, 0, 1)
+        rng, span = np.random.default_rng([self.seed, step]), self.T + self.W - 1
+        ids = rng.choice(self.ids, self.B // self.W)
         lengths = self.clips.lengths[ids]
-        starts = np.clip(rng.integers(1 - self.T, lengths), 0, np.maximum(0, lengths - self.T))
-        steps = starts[:, None] + np.arange(self.T)                                         # (B, T)
+        runs = np.clip(rng.integers(1 - span, lengths), 0, np.maximum(0, lengths - span))
+        ids, lengths, runs = (np.split(x, parts)[part] for x in (ids, lengths, runs))
+        offsets = np.minimum(np.arange(self.W), np.maximum(0, lengths - self.T - runs)[:, None]).ravel()
+        frames, runs, ids, lengths = self.frames(ids, runs), *(x.repeat(self.W) for x in (runs, ids, lengths))
+        steps = (runs + offsets)[:, None] + np.arange(self.T)                               # (B, T)
         batch = dict(mask=steps < lengths[:, None], future_mask=steps + self.F < lengths[:, None])
+        if self.W > 1:
+            batch["offsets"] = offsets
         if self.clips.has_actions:
             batch |= self.robot(ids, steps)
         batch = {key: torch.from_numpy(value) for key, value in batch.items()}
-        return batch | dict(frames=self.frames(ids, starts), sentences=[self.clips.sentences[i] for i in ids])
+        return batch | dict(frames=frames, sentences=[self.clips.sentences[i] for i in ids])
 
     def frames(self, ids, starts):
-        """Return {camera: uint8 (B, T+F, 3, H, W)}. numpy fills them: torch's threads cost more here."""
-        frames = {name: np.zeros((self.B, self.T + self.F, 3, *self.clips.cameras[name]), np.uint8)
+        """Return {camera: uint8 (B/W, N+F, 3, H, W)}, as views of (..., H, W, 3): turning the bytes round is
+        the device's work. numpy fills them: torch's threads cost more here.
+        """
+        count = self.T + self.W - 1 + self.F
+        frames = {name: np.zeros((len(ids), count, *self.clips.cameras[name], 3), np.uint8)
                   for name in self.cameras}
         for b, (i, start) in enumerate(zip(ids.tolist(), starts.tolist())):
-            for name, images in self.clips.read(i, start, self.T + self.F, self.cameras)["frames"].items():
-                frames[name][b, :len(images)] = images.transpose(0, 3, 1, 2)
-        return {name: torch.from_numpy(images) for name, images in frames.items()}
+            for name, images in self.clips.read(i, start, count, self.cameras)["frames"].items():
+                frames[name][b, :len(images)] = images
+        return {name: torch.from_numpy(images).permute(0, 1, 4, 2, 3) for name, images in frames.items()}
 
     def robot(self, ids, steps):
         """Return robot_obs, rel_actions and action_mask of the clips `ids` (B,) at `steps` (B, T)."""

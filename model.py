@@ -211,6 +211,16 @@ def sincos_positions(side, width):
     return torch.cat([axis.repeat(side, 1), axis.repeat_interleave(side, 0)], 1).float()
 
 
+def windows_of(runs, offsets, steps):
+    """Cut windows of `steps` from runs (G, N, ...): -> (B, steps, ...), B / G of them from each run, in turn.
+    offsets (B,): where in its run a window starts; None: the runs are the windows.
+    """
+    if offsets is None:
+        return runs
+    run = torch.arange(len(offsets), device=runs.device) // (len(offsets) // len(runs))
+    return runs[run[:, None], offsets[:, None] + torch.arange(steps, device=runs.device)]
+
+
 def random_shift(frames, share=0.05):
     """DrQ-v2's augmentation on uint8 (B, T, 3, H, W): a window moves by one random offset, borders repeated.
     share: the largest shift as a share of the side; 0.05 is the official 10 px of 200 and 4 px of 84.
@@ -689,15 +699,21 @@ class GR1(nn.Module):
 
     # ---- the model
 
-    def forward(self, pixels, sentences, robot_obs=None, mask=None, video_at=None):
+    def forward(self, pixels, sentences, robot_obs=None, mask=None, video_at=None, offsets=None):
         """pixels: {camera: (B, T, 3, S, S)}, see to_pixels; sentences: B strings; robot_obs: (B, T, 15);
-        mask: bool (B, T), real steps first; video_at: the V timesteps to ask [OBS] at, None for all T.
+        mask: bool (B, T), real steps first; video_at: the V timesteps to ask [OBS] at, None for all T;
+        offsets: where overlapping windows start in runs of frames, see windows_of: pixels are the runs then.
         Returns what the config asks for: arm (B, T, K, 6), gripper logits (B, T, K), and of each camera the
         future frame's pixels (B, V, P, patch^2 * 3).
         """
-        batch, steps = next(iter(pixels.values())).shape[:2]
+        runs, steps = next(iter(pixels.values())).shape[:2]
         images = self.encode_images(
-            {c: p.flatten(0, 1) for c, p in pixels.items()}).unflatten(0, (batch, steps))
+            {c: p.flatten(0, 1) for c, p in pixels.items()}).unflatten(0, (runs, steps))
+        if offsets is not None:
+            steps = self.config.window
+            images = windows_of(images, offsets, steps)
+            pixels = {c: windows_of(p, offsets, steps) for c, p in pixels.items()}
+        batch = len(images)
         state = self.encode_state(robot_obs) if self.config.robot else None
         context = self.context(self.encode_language(sentences), images, state)
         video_at = list(range(steps)) if video_at is None else video_at
@@ -986,14 +1002,29 @@ def read_config(path):
 
 
 def save_checkpoint(path, model, **info):
-    """Write model.safetensors and config.json into directory path, each renamed into place when whole."""
+    """Write model.safetensors and config.json into directory path, see write_whole."""
     os.makedirs(path, exist_ok=True)
-    weights, config = os.path.join(path, "model.safetensors"), os.path.join(path, "config.json")
-    save_file({k: v.contiguous() for k, v in model.trained_state().items()}, weights + ".tmp")
-    with open(config + ".tmp", "w") as f:
-        json.dump({"model": dataclasses.asdict(model.config), **info}, f, indent=1)
-    os.replace(weights + ".tmp", weights)
-    os.replace(config + ".tmp", config)
+    state = {k: v.contiguous() for k, v in model.trained_state().items()}
+    config = json.dumps({"model": dataclasses.asdict(model.config), **info}, indent=1)
+    write_whole(os.path.join(path, "model.safetensors"), lambda file: save_file(state, file))
+    write_whole(os.path.join(path, "config.json"), lambda file: pathlib.Path(file).write_text(config))
+
+
+def write_whole(path, write):
+    """Call write(a temporary file's name), see it to the disk, then rename it: no reader meets half a file.
+    Raises ModelError when it cannot be written, the disk being full for example; what was there stays.
+    """
+    temporary = path + ".tmp"
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise ModelError(f"cannot write {path} ({str(error).splitlines()[0]}); what it held before is whole, "
+                         "train.py --resume goes on from there") from error
 
 
 # ------------------------------------------------------------------------------------------ losses
@@ -1006,28 +1037,39 @@ def video_target(pixels, config):
     return target
 
 
-def masked_mean(values, mask):
-    """Mean of values (B, T, ...) over the steps where mask (B, T, ...) holds; 0 where there is none."""
+def masked_mean(values, mask, count):
+    """Sum of values (B, T, ...) over the steps where mask (B, T, ...) holds, by `count` such steps."""
     values = values.flatten(mask.dim()).mean(-1) if values.dim() > mask.dim() else values
-    return (values * mask).sum() / mask.sum().clamp(min=1)
+    return (values * mask).sum() / count.clamp(min=1)
 
 
-def losses(out, batch, pixels, config, video_at=None):
+def count_targets(batch, video_at=None):
+    """Float tensor (2,): for how many steps of a batch the action, and the future frame, is known."""
+    actions, futures = batch.get("action_mask"), batch["future_mask"]
+    futures = futures if video_at is None else futures[:, video_at]
+    return torch.stack([futures.new_zeros(()) if actions is None else actions.sum(), futures.sum()]).float()
+
+
+def losses(out, batch, pixels, config, video_at=None, counts=None):
     """The paper's losses, unweighted, by name: arm (Smooth-L1), gripper (binary cross-entropy) and, a camera,
-    video (mean squared error). out, video_at: of GR1.forward; batch: from clips.Windows;
-    pixels: {camera: (B, T + future, 3, S, S)}, the frames that the model saw and those behind them.
+    video (mean squared error), each a mean over the steps that have a target.
+    out, video_at: of GR1.forward; batch: from clips.Windows; pixels: {camera: (B, T + future, 3, S, S)}, the
+    frames that the model saw and those behind them; counts: of count_targets, where this batch is a part of
+    one: the mean over the parts, so that the losses' mean over the parts is that of the whole.
     """
     named, at = {}, slice(None) if video_at is None else video_at
+    actions, futures = count_targets(batch, video_at) if counts is None else counts
     if config.robot:
         target, mask = batch["rel_actions"], batch["action_mask"]                 # (B, T, K, 7), (B, T, K)
-        named["arm"] = masked_mean(F.smooth_l1_loss(out["arm"], target[..., :6], reduction="none"), mask)
-        opened = (target[..., 6] > 0).float()
-        named["gripper"] = masked_mean(
-            F.binary_cross_entropy_with_logits(out["gripper"], opened, reduction="none"), mask)
+        arm = F.smooth_l1_loss(out["arm"], target[..., :6], reduction="none")
+        named["arm"] = masked_mean(arm, mask, actions)
+        gripper = F.binary_cross_entropy_with_logits(out["gripper"], (target[..., 6] > 0).float(),
+                                                     reduction="none")
+        named["gripper"] = masked_mean(gripper, mask, actions)
     if config.video:
         for camera in config.cameras:
             target = video_target(pixels[camera][:, config.future:][:, at], config)
-            named[camera] = masked_mean((out[camera] - target) ** 2, batch["future_mask"][:, at])
+            named[camera] = masked_mean((out[camera] - target) ** 2, batch["future_mask"][:, at], futures)
     return named
 
 

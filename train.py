@@ -8,32 +8,39 @@ Train GR-1: `--stage pretrain` on video (what will the camera see?), `--stage fi
 
 Reads packed clips (clips.py); without --data it lets tabletop.py make them under data/ once. Writes into
 --out (default out/STAGE): model.safetensors + config.json (the model), resume.pt (all that --resume needs),
-log.jsonl (every logged step) and sheets STEP.png (held-out frames: now / predicted / true).
+log.jsonl (every logged step), sheets STEP.png (held-out frames: now / predicted / true) and best/ (the model
+with the least held-out loss). After Ctrl-C or SIGTERM it finishes the step, saves all and ends well.
 
 Logged: arm, gripper and one video loss a camera, unweighted; val/... the same on held-out episodes;
 val/CAMERA_ratio = error of the predicted frame / error of copying the present one, in patches that change.
 """
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import os
 import pathlib
 import pickle
 import re
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
 import numpy as np
+import simplejpeg
 import torch
 import torch.distributed as dist
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import clips
@@ -56,6 +63,7 @@ class TrainConfig:
     batch: int = 0                 # windows a step, over all processes; 0: the preset's
     steps: int = 0                 # 0: the preset's steps or epochs
     epochs: float = 0.0            # 0: the preset's
+    windows_per_clip: int = 1      # so many windows of a clip overlap and share its encoded frames
     accumulate: int = 1            # split every process' share of the batch into this many passes
     # optimizer: AdamW, warm-up, cosine; the learning rate depends on the step alone
     lr: float = 0.0                # 0: the preset's
@@ -99,12 +107,17 @@ PRESETS = {
 }
 UNSET = dict(fresh="", batch=0, lr=0.0, steps=0, epochs=0.0, warmup=0.0, beta2=0.0, weight_decay=-1.0,
              shift=-1.0, video_steps=-1, video_weight=-1.0)
+ENCODER = "forward: image encoder"
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "V100": 125e12}     # dense bf16 (V100: fp16)
+PATIENCE = 10                    # steps in a row whose gradients may be infinite
+STOP = threading.Event()         # set by Ctrl-C and SIGTERM
 # Model settings worth a flag of their own; --model KEY=VALUE reaches the others (see model.GR1Config).
 MODEL_FLAGS = dict(window=int, future=int, chunk=int)
 
 
 def parse(argv=None):
-    """Flags -> (TrainConfig, {model settings}); what the preset decides is filled in."""
+    """Flags -> (TrainConfig, {model settings}, mode: train, bench or estimate), the preset's choices filled in.
+    """
     parser = clips.Parser(description=__doc__.split("\n\n")[0],
                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     comments = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", pathlib.Path(__file__).read_text(), re.M))
@@ -122,6 +135,10 @@ def parse(argv=None):
     parser.add_argument("--no-norm-pix", action="store_true",
                         help="predict plain, not patch-normalised pixels")
     parser.add_argument("--action-activation", action="store_true", help="ReLU in the action head")
+    parser.add_argument("--bench", action="store_true",
+                        help="time a step of random weights on synthetic clips, by parts, and end")
+    parser.add_argument("--estimate", action="store_true",
+                        help="likewise, for both stages, with what the paper's runs would take here")
     parser.add_argument("--model", nargs="*", default=[], metavar="KEY=VALUE",
                         help="other settings of model.GR1Config")
     args = vars(parser.parse_args(argv))
@@ -132,6 +149,8 @@ def parse(argv=None):
     changes |= {"video": False} if args.pop("no_video") else {}
     changes |= {"norm_pixels": False} if args.pop("no_norm_pix") else {}
     changes |= {"action_activation": True} if args.pop("action_activation") else {}
+    mode = next((mode for mode in ("bench", "estimate") if args[mode]), "train")
+    del args["bench"], args["estimate"]
     for pair in args.pop("model"):
         key, _, value = pair.partition("=")
         try:
@@ -144,12 +163,13 @@ def parse(argv=None):
         if getattr(config, key) == UNSET[key] and not (
                 key in ("steps", "epochs") and (config.steps or config.epochs)):
             setattr(config, key, value)
-    for key, least in dict(accumulate=1, log_every=1, eval_every=1, eval_batches=1, batch=1, steps=0).items():
+    for key, least in dict(accumulate=1, windows_per_clip=1, log_every=1, eval_every=1, eval_batches=1,
+                           batch=1, steps=0).items():
         if getattr(config, key) < least:
             parser.error(f"--{key.replace('_', '-')} must be at least {least}, got {getattr(config, key)}")
     config.out = config.out or f"out/{config.stage}"
     config.text_weights = config.text_weights or ("none" if config.vision_weights == "none" else "hub")
-    return config, changes
+    return config, changes, mode
 
 
 # ---------------------------------------------------------------------------------------------- processes
@@ -239,13 +259,21 @@ def find_data(config, world):
     return training, ids, training, held_out if len(held_out) else ids
 
 
-def batches(data, ids, model_config, batch, first, last, config, world):
-    """An iterator over batches first .. last - 1 of random windows; batch n is the same in every run."""
+def batches(data, ids, model_config, batch, steps, passes, config, world, per_clip=1):
+    """An iterator over this process' parts, `passes` a step, of the batches of random windows `steps`. What a
+    batch holds depends on its number alone, not on how many processes and passes share it.
+    """
     windows = clips.Windows(data, ids, batch, model_config.window, model_config.future,
-                            list(model_config.cameras), model_config.chunk, config.seed, world.rank)
+                            list(model_config.cameras), model_config.chunk, config.seed, per_clip)
+    parts = [(step, world.rank * passes + i, world.size * passes) for step in steps for i in range(passes)]
     workers = config.workers if config.workers >= 0 else 4 * (world.device.type == "cuda")
-    return iter(DataLoader(windows, batch_size=None, sampler=range(first, last), num_workers=workers,
-                           pin_memory=world.device.type == "cuda", prefetch_factor=4 if workers else None))
+    return iter(DataLoader(windows, batch_size=None, sampler=parts, num_workers=workers,
+                           worker_init_fn=ignore_ctrl_c, pin_memory=world.device.type == "cuda",
+                           prefetch_factor=4 if workers else None))
+
+
+def ignore_ctrl_c(worker):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)         # a terminal sends it to all; the run decides
 
 
 def to_device(batch, device):
@@ -259,12 +287,14 @@ def to_device(batch, device):
 
 def predict(net, config, batch, shift=0.0, video_at=None):
     """Run a batch: -> (predictions, pixels {camera: (B, T + future, 3, S, S)}); shift > 0 augments."""
-    frames = batch["frames"]
+    frames, offsets = batch["frames"], batch.get("offsets")
     if shift:
         frames = {camera: gr1.random_shift(x, shift) for camera, x in frames.items()}
     pixels = {camera: gr1.to_pixels(x, config.cameras[camera]) for camera, x in frames.items()}
-    seen = {camera: x[:, :config.window] for camera, x in pixels.items()}
-    return net(seen, batch["sentences"], batch.get("robot_obs"), batch["mask"], video_at), pixels
+    seen = {camera: x[:, :x.shape[1] - config.future] for camera, x in pixels.items()}
+    out = net(seen, batch["sentences"], batch.get("robot_obs"), batch["mask"], video_at, offsets)
+    steps = config.window + config.future
+    return out, {camera: gr1.windows_of(x, offsets, steps) for camera, x in pixels.items()}
 
 
 def weighted(named, config):
@@ -277,15 +307,15 @@ def weighted(named, config):
 def evaluate(net, model_config, data, ids, config, world, autocast):
     """Mean losses on held-out windows, always the same: {name: float}; a sheet, uint8 (H, W, 3), or None."""
     net.eval()
-    share = -(-config.eval_batches // world.size)
-    size = min(64, max(1, config.batch // world.size))
+    size = max(1, min(64, config.batch) // world.size) * world.size
     sums, video, sheet = {}, torch.zeros(len(model_config.cameras), 2, device=world.device), None
-    for batch in batches(data, ids, model_config, size, 0, share, config, world):
+    for batch in batches(data, ids, model_config, size, range(config.eval_batches), 1, config, world):
         batch = to_device(batch, world.device)
         with autocast:
             out, pixels = predict(net, model_config, batch)
-        for name, value in gr1.losses(out, batch, pixels, model_config).items():
-            sums[name] = sums.get(name, 0) + value / share
+        counts = world.mean(gr1.count_targets(batch))
+        for name, value in gr1.losses(out, batch, pixels, model_config, counts=counts).items():
+            sums[name] = sums.get(name, 0) + value / config.eval_batches
         if model_config.video:
             video += gr1.change_errors(out, pixels, batch["future_mask"], model_config)
             sheet = draw_sheet(out, pixels, model_config) if sheet is None and world.main else sheet
@@ -354,20 +384,43 @@ def learning_rate(step, config):
     return config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def save(config, model, optimizer, step):
-    """Write the model for others, then resume.pt for this run; each file is renamed into place when whole."""
+def save_model(out, config, model, step):
+    """Write the model for others."""
     info = dict(step=step, train=dataclasses.asdict(config))
     if config.preset == "gr1":
         info["encoders"] = dict(vision_weights=config.vision_weights, text_weights=config.text_weights)
-    gr1.save_checkpoint(config.out, model, **info)
-    path = os.path.join(config.out, "resume.pt")
-    torch.save(dict(step=step, model=model.trained_state(), optimizer=optimizer.state_dict(),
-                    config=dataclasses.asdict(config) | dataclasses.asdict(model.config)), path + ".tmp")
-    os.replace(path + ".tmp", path)
+    gr1.save_checkpoint(out, model, **info)
+
+
+def save(config, model, optimizer, step, best):
+    """Write the model for others, then resume.pt for this run. Random numbers need no keeping: a step's
+    depend on seed, step and rank alone, and so do its data.
+    """
+    save_model(config.out, config, model, step)
+    state = dict(step=step, best=best, model=model.trained_state(), optimizer=optimizer.state_dict(),
+                 config=dataclasses.asdict(config) | dataclasses.asdict(model.config))
+    gr1.write_whole(os.path.join(config.out, "resume.pt"), lambda file: torch.save(state, file))
+
+
+def precision(config, world):
+    """bf16 or fp32, where --precision leaves it open."""
+    auto = "bf16" if world.device.type == "cuda" else "fp32"
+    return auto if config.precision == "auto" else config.precision
+
+
+def equip(model, config, world):
+    """What it takes to train: -> (model to call, optimizer, autocast)."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, config.lr, (0.9, config.beta2),
+                                  weight_decay=config.weight_decay, fused=True)
+    net = torch.compile(model) if config.compile else model
+    net = DistributedDataParallel(net, gradient_as_bucket_view=True) if world.size > 1 else net
+    bf16 = precision(config, world) == "bf16"
+    return net, optimizer, torch.autocast(world.device.type, torch.bfloat16) if bf16 else nullcontext()
 
 
 def load_resume(config, model, optimizer, world):
-    """Load resume.pt: -> step to go on with. The settings must be those that the run was started with."""
+    """Load resume.pt: -> (step to go on with, best held-out loss). The settings must be the run's first."""
     path = os.path.join(config.out, "resume.pt")
     if not os.path.exists(path):
         raise gr1.ModelError(f"--resume finds no run in {config.out}")
@@ -385,7 +438,7 @@ def load_resume(config, model, optimizer, world):
     model.load_trained(state["model"], path)
     optimizer.load_state_dict(state["optimizer"])
     world.print(f"resume: {config.out} at step {state['step']}")
-    return state["step"]
+    return state["step"], state["best"]
 
 
 def make_room(out, world):
@@ -402,67 +455,225 @@ def make_room(out, world):
     os.makedirs(out, exist_ok=True)
 
 
+# ---------------------------------------------------------------------------------------------- benchmark
+
+
+class Stopwatch:
+    """Seconds by what they were spent on; waits for the device at each lap."""
+
+    def __init__(self, device):
+        self.device, self.spent, self.last = device, {}, time.perf_counter()
+
+    def lap(self, name):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.spent[name] = self.spent.get(name, 0) + now - self.last
+        self.last = now
+
+
+def synthesise(folder, cameras, robot, clip_count=8, length=64):
+    """Write clips of drifting colour fields, which a JPEG holds about as well as a photograph."""
+    rng = np.random.default_rng(0)
+    with clips.ShardWriter(folder, 0, list(cameras)) as shard:
+        for i in range(clip_count):
+            frames = {}
+            for name, side in cameras.items():
+                field = rng.integers(0, 256, (length + 40, 40, 3), np.uint8)
+                images = (Image.fromarray(field[t:t + 40]).resize((side, side), 2) for t in range(length))
+                frames[name] = np.stack([np.array(image) for image in images])
+            rows = dict(robot_obs=rng.normal(size=(length, 15)).astype(np.float32),
+                        rel_actions=rng.uniform(-1, 1, (length, 7)).astype(np.float32)) if robot else {}
+            shard.add(frames, f"clip {i}", episode=i, **rows)
+    clips.write_meta(folder, "synthetic", 30, "train.py --bench")
+    return clips.Clips(folder)
+
+
+def time_loader(loader, data, per_window, seconds=4):
+    """Windows a second that reach the model on one core, and how many its JPEGs could give at most."""
+    shard, file = clips.load_shard(data.directory, 0), data.directory / "00000.bin"
+    jpegs = [file.read_bytes()[a:b] for a, b in itertools.pairwise(shard["offsets"].tolist()[:800])]
+    rates = [0.0, 0.0]
+    for _ in range(3):                                   # in turn, for the machine's mood changes
+        for i, call in enumerate((lambda: len(next(loader)["sentences"]),
+                                  lambda: [simplejpeg.decode_jpeg(x, "RGB") for x in jpegs] and
+                                  len(jpegs) / per_window)):
+            start, count = time.perf_counter(), 0
+            while time.perf_counter() - start < seconds / 6:
+                count += call()
+            rates[i] = max(rates[i], count / (time.perf_counter() - start))
+    return rates
+
+
+def bench(config, changes, world, steps=5):
+    """Print where a training step's time goes, with random weights and synthetic clips: -> windows a second."""
+    config = dataclasses.replace(config, vision_weights="none", text_weights="none", init="none", steps=1)
+    model = build(config, changes, world).train()
+    native = {"rgb_static": 200, "rgb_gripper": 84} if config.preset == "gr1" else model.config.cameras
+    native = {camera: native[camera] for camera in model.config.cameras}
+    net, optimizer, autocast = equip(model, config, world)
+    with tempfile.TemporaryDirectory() as folder:
+        data = synthesise(folder, native, model.config.robot)
+        check_size(config, 1, world)
+        loader = batches(data, np.arange(len(data)), model.config, config.batch, range(10_000), 1, config, world,
+                         config.windows_per_clip)
+        per_window = (model.config.window + model.config.future) * len(native)
+        loaded, decoded = time_loader(loader, data, per_window)
+        watch = Stopwatch(world.device)
+        model.vision.register_forward_pre_hook(lambda *_: watch.lap("forward: trunk, heads, losses"))
+        model.vision.register_forward_hook(lambda *_: watch.lap(ENCODER))
+        model.resampler.register_forward_hook(lambda *_: watch.lap("forward: resampler"))
+
+        def step():
+            batch = next(loader)
+            watch.lap("load")
+            batch = to_device(batch, world.device)
+            watch.lap("transfer")
+            with autocast:
+                out, pixels = predict(net, model.config, batch, config.shift)
+                loss = weighted(gr1.losses(out, batch, pixels, model.config), config)
+            watch.lap("forward: trunk, heads, losses")
+            loss.backward()
+            watch.lap("backward")
+            torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.clip_grad)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            watch.lap("optimizer")
+
+        step()
+        with FlopCounterMode(display=False) as flops:
+            step()
+        watch.spent.clear()
+        gr1.memory(world.device, peak=True)
+        for _ in range(steps):
+            step()
+        peak = gr1.memory(world.device, peak=True)
+    total, counts = sum(watch.spent.values()), flops.get_flop_counts()
+    frozen = sum(counts.get("GR1.vision", {}).values()) if model.vision.frozen else 0
+    rate, trained = steps * config.batch / total, (flops.get_total_flops() - frozen) * steps
+    name = torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU"
+    top = next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
+    print(f"\n{config.preset}, {config.stage}, batch {config.batch}, {config.windows_per_clip} windows a clip, "
+          f"{precision(config, world)} on {name}, {torch.get_num_threads()} threads; a step:")
+    for what, seconds in watch.spent.items():
+        print(f"  {what:<34}{1000 * seconds / steps:>10.1f} ms{100 * seconds / total:>7.1f}%")
+    print(f"  {'all':<34}{1000 * total / steps:>10.1f} ms\n"
+          f"  windows a second                  {rate:>10.1f}\n"
+          f"  TFLOP/s of matrix products        {flops.get_total_flops() * steps / total / 1e12:>10.2f}; "
+          f"of the trained part alone {trained / (total - watch.spent.get(ENCODER, 0)) / 1e12:.2f}"
+          + (f", {100 * trained / (total - watch.spent.get(ENCODER, 0)) / top:.0f}% of the peak" if top else "")
+          + f"\n  peak memory                       {peak:>10.0f} MiB\n"
+          f"  loader, one core, windows a second{loaded:>10.1f}; its JPEG decoder alone {decoded:.1f}, "
+          f"ratio {loaded / decoded:.2f}")
+    return rate
+
+
+def estimate(argv, world):
+    """Print what the paper's two runs would take here, from the rates that bench measures."""
+    for stage, windows, what in (("pretrain", 50 * 800_000, "pre-training: 50 epochs of 800,000 Ego4D clips"),
+                                 ("finetune", 20 * 1_400_000, "finetuning: 20 epochs of CALVIN ABCD's windows")):
+        config, changes, _ = parse([*argv, "--stage", stage])
+        hours = windows / bench(config, changes, world) / 3600
+        print(f"  {what}: {hours:,.1f} hours")
+
+
 # ---------------------------------------------------------------------------------------------- the run
 
 
 def check_size(config, windows, world):
-    """Settle the number of steps; -> windows of one pass on this process."""
+    """Settle the number of steps; refuse a batch that the processes cannot share."""
     config.steps, config.epochs = config.steps or math.ceil(config.epochs * windows / config.batch), 0.0
-    passes = world.size * config.accumulate
-    if config.batch % passes:
+    parts = world.size * config.accumulate * config.windows_per_clip
+    if config.batch % parts:
         raise gr1.ModelError(f"--batch {config.batch} does not divide over {world.size} processes x "
-                             f"{config.accumulate} passes: choose a multiple of {passes}")
-    return config.batch // passes
+                             f"{config.accumulate} passes x {config.windows_per_clip} windows a clip: choose "
+                             f"a multiple of {parts}")
 
 
 def train_step(step, net, optimizer, loader, config, model_config, world, autocast):
-    """One update from `accumulate` passes: -> (losses by name, gradient norm), of this process."""
+    """One update from `accumulate` passes: -> (losses by name, gradient norm, share of the processes told to
+    stop), all tensors: nothing here waits for the device. Where a gradient is not finite there is no update.
+    """
     # the step's random numbers depend on seed, step and rank alone: a resumed run draws the same
+    video_at = np.random.default_rng([config.seed, step]).permutation(model_config.window)
+    video_at = video_at[:config.video_steps].tolist() or None                                # None: all
     torch.manual_seed(((config.seed * 1_000_003 + step) * 10_007 + world.rank) % 2 ** 63)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
-    named = {}
-    for part in range(config.accumulate):
-        batch = to_device(next(loader), world.device)
-        waits = world.size > 1 and part < config.accumulate - 1      # gradients are averaged in the last pass
+    named, share = {}, [to_device(next(loader), world.device) for _ in range(config.accumulate)]
+    counts = sum(gr1.count_targets(batch, video_at) for batch in share) / config.accumulate
+    *counts, stop = world.mean(torch.cat([counts, counts.new_tensor([STOP.is_set()])]))
+    for i, batch in enumerate(share):
+        waits = world.size > 1 and i < config.accumulate - 1         # gradients are averaged in the last pass
         with net.no_sync() if waits else nullcontext():
             with autocast:
-                video_at = torch.randperm(model_config.window)[:config.video_steps].tolist() or None  # all
                 out, pixels = predict(net, model_config, batch, config.shift, video_at)
-                parts = gr1.losses(out, batch, pixels, model_config, video_at)
+                parts = gr1.losses(out, batch, pixels, model_config, video_at, counts)
             (weighted(parts, config) / config.accumulate).backward()
         named = {name: named.get(name, 0) + x.detach() / config.accumulate for name, x in parts.items()}
     norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.clip_grad)
+    optimizer.found_inf = (~norm.isfinite()).float()     # fused AdamW then leaves weights and state alone
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return named, norm
+    return named, norm, stop
 
 
-def run(first, net, model, optimizer, loader, config, held_out, world, autocast):
-    """Steps first .. config.steps - 1, with log, held-out losses, sheets and checkpoints."""
-    log = open(os.path.join(config.out, "log.jsonl"), "a" if config.resume else "w") if world.main else None
+def run(first, best, net, model, optimizer, loader, config, held_out, world, autocast):
+    """Steps first .. config.steps - 1, with log, held-out losses, sheets and checkpoints; -> steps done."""
+    log = open_log(config.out, first) if world.main else None
     bar = tqdm(total=config.steps, initial=first, desc=config.stage,
                disable=not world.main or not sys.stderr.isatty())
-    start, since = time.time(), first
+    start, since, stop = time.time(), first, None
+    bad = skipped = torch.zeros((), dtype=torch.int64, device=world.device)       # steps: in a row, in all
     for done in range(first + 1, config.steps + 1):
-        named, norm = train_step(done - 1, net, optimizer, loader, config, model.config, world, autocast)
+        if stop is not None and stop.item():             # the last step's; by now it is known without waiting
+            if world.main:
+                save(config, model, optimizer, done - 1, best)
+            return done - 1
+        named, norm, stop = train_step(done - 1, net, optimizer, loader, config, model.config, world,
+                                       autocast)
+        bad, skipped = (bad + 1) * ~norm.isfinite(), skipped + ~norm.isfinite()
         bar.update()
         if done % config.log_every == 0 or done == config.steps:
             means = world.mean(torch.stack(list(named.values()))).tolist()
             seconds = (time.time() - start) / (done - since)
             report(dict(step=done, **dict(zip(named, means)), lr=learning_rate(done - 1, config),
-                        grad_norm=norm.item(), ms=1000 * seconds, samples_per_s=config.batch / seconds),
-                   world, log)
+                        grad_norm=norm.item(), skipped=skipped.item(), ms=1000 * seconds,
+                        samples_per_s=config.batch / seconds), world, log)
             start, since = time.time(), done
+            if bad.item() >= PATIENCE:
+                raise gr1.ModelError(f"no finite gradient in the last {bad.item()} steps, all skipped: try a "
+                                     f"smaller --lr; the last good checkpoint is in {config.out}")
         if done % config.eval_every == 0 or done == config.steps:
-            figures, sheet = evaluate(net, model.config, *held_out, config, world, autocast)
-            report(dict(step=done, **figures), world, log)
-            if world.main:
-                save(config, model, optimizer, done)
-                if sheet is not None:
-                    Image.fromarray(sheet).save(os.path.join(config.out, f"{done:06d}.png"))
+            best = watch(done, best, net, model, optimizer, config, held_out, world, autocast, log)
             start, since = time.time(), done                 # the next line's ms leaves this out
     bar.close()
+    return config.steps
+
+
+def watch(done, best, net, model, optimizer, config, held_out, world, autocast, log):
+    """Held-out losses, sheet and checkpoints after step `done`: -> the best weighted held-out loss so far."""
+    figures, sheet = evaluate(net, model.config, *held_out, config, world, autocast)
+    report(dict(step=done, **figures), world, log)
+    parts = {name[4:]: value for name, value in figures.items() if not name.endswith("_ratio")}
+    loss = weighted(parts, config)
+    if world.main and loss < best:
+        save_model(os.path.join(config.out, "best"), config, model, done)
+    best = min(best, loss)
+    if world.main:
+        save(config, model, optimizer, done, best)
+        if sheet is not None:
+            Image.fromarray(sheet).save(os.path.join(config.out, f"{done:06d}.png"))
+    return best
+
+
+def open_log(out, first):
+    """log.jsonl, open for more; what a run that broke off had logged after step `first` is dropped."""
+    path = pathlib.Path(out, "log.jsonl")
+    lines = path.read_text().splitlines(True) if first and path.exists() else []
+    whole = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= first]
+    gr1.write_whole(str(path), lambda file: pathlib.Path(file).write_text("".join(whole)))
+    return open(path, "a")
 
 
 def report(line, world, log):
@@ -474,35 +685,42 @@ def report(line, world, log):
         log.flush()
 
 
+def ask_to_stop(signum, frame):
+    """Handle Ctrl-C and SIGTERM: the run ends at the next step; asked twice, at once."""
+    STOP.set()
+    signal.signal(signum, signal.SIG_DFL)
+
+
 def main():
-    config, changes = parse()
+    config, changes, mode = parse()
     world = set_up()
+    if mode == "estimate":
+        return estimate(sys.argv[1:], world)
+    if mode == "bench":
+        return bench(config, changes, world)
+    for signum in signal.SIGINT, signal.SIGTERM:
+        signal.signal(signum, ask_to_stop)
     data, ids, *held_out = find_data(config, world)
     model = build(config, changes, world)
     windows = int(np.maximum(1, data.lengths[ids] - model.config.window + 1).sum())
-    size = check_size(config, windows, world)
+    check_size(config, windows, world)
     if not config.resume:
         make_room(config.out, world)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, config.lr, (0.9, config.beta2),
-                                  weight_decay=config.weight_decay, fused=True)
-    first = load_resume(config, model, optimizer, world) if config.resume else 0
-    net = torch.compile(model) if config.compile else model
-    net = DistributedDataParallel(net, gradient_as_bucket_view=True) if world.size > 1 else net
-    bf16 = config.precision == "bf16" or config.precision == "auto" and world.device.type == "cuda"
-    autocast = torch.autocast(world.device.type, torch.bfloat16) if bf16 else nullcontext()
-
+    net, optimizer, autocast = equip(model, config, world)
+    first, best = load_resume(config, model, optimizer, world) if config.resume else (0, math.inf)
     world.print(f"model: {json.dumps(dataclasses.asdict(model.config))}")
     world.print(f"train: {json.dumps(dataclasses.asdict(config))}")
-    world.print(f"{sum(p.numel() for p in parameters):,} trained parameters; {len(ids)} clips, {windows:,} "
-                f"windows, {len(held_out[1])} clips held out; {config.steps} steps of {config.batch} windows "
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    world.print(f"{parameters:,} trained parameters; {len(ids)} clips, {windows:,} windows, "
+                f"{len(held_out[1])} clips held out; {config.steps} steps of {config.batch} windows "
                 f"({config.steps * config.batch / windows:.1f} epochs); {world.size} x {world.device.type}, "
-                f"{'bf16' if bf16 else 'fp32'}")
-    loader = batches(data, ids, model.config, size, first * config.accumulate,
-                     config.steps * config.accumulate, config, world)
+                f"{precision(config, world)}")
+    loader = batches(data, ids, model.config, config.batch, range(first, config.steps), config.accumulate,
+                     config, world, config.windows_per_clip)
     model.train()
-    run(first, net, model, optimizer, loader, config, held_out, world, autocast)
-    world.print(f"done: {config.out}/model.safetensors")
+    done = run(first, best, net, model, optimizer, loader, config, held_out, world, autocast)
+    world.print(f"done: {config.out}/model.safetensors" if done == config.steps else
+                f"stopped: after step {done}, as asked; --resume goes on with {config.out}")
     if world.size > 1:
         dist.destroy_process_group()
 
