@@ -116,7 +116,8 @@ MODEL_FLAGS = dict(window=int, future=int, chunk=int)
 
 
 def parse(argv=None):
-    """Flags -> (TrainConfig, {model settings}, mode: train, bench or estimate), the preset's choices filled in.
+    """Flags -> (TrainConfig, {model settings}, mode: train, bench or estimate); what the preset decides is
+    filled in.
     """
     parser = clips.Parser(description=__doc__.split("\n\n")[0],
                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -506,7 +507,7 @@ def time_loader(loader, data, per_window, seconds=4):
 
 
 def bench(config, changes, world, steps=5):
-    """Print where a training step's time goes, with random weights and synthetic clips: -> windows a second."""
+    """Print where a step's time goes, with random weights and synthetic clips: -> windows a second."""
     config = dataclasses.replace(config, vision_weights="none", text_weights="none", init="none", steps=1)
     model = build(config, changes, world).train()
     native = {"rgb_static": 200, "rgb_gripper": 84} if config.preset == "gr1" else model.config.cameras
@@ -515,8 +516,8 @@ def bench(config, changes, world, steps=5):
     with tempfile.TemporaryDirectory() as folder:
         data = synthesise(folder, native, model.config.robot)
         check_size(config, 1, world)
-        loader = batches(data, np.arange(len(data)), model.config, config.batch, range(10_000), 1, config, world,
-                         config.windows_per_clip)
+        loader = batches(data, np.arange(len(data)), model.config, config.batch, range(10_000), 1, config,
+                         world, config.windows_per_clip)
         per_window = (model.config.window + model.config.future) * len(native)
         loaded, decoded = time_loader(loader, data, per_window)
         watch = Stopwatch(world.device)
@@ -548,20 +549,21 @@ def bench(config, changes, world, steps=5):
         for _ in range(steps):
             step()
         peak = gr1.memory(world.device, peak=True)
-    total, counts = sum(watch.spent.values()), flops.get_flop_counts()
-    frozen = sum(counts.get("GR1.vision", {}).values()) if model.vision.frozen else 0
-    rate, trained = steps * config.batch / total, (flops.get_total_flops() - frozen) * steps
+    total, every = sum(watch.spent.values()), flops.get_total_flops()
+    frozen = sum(flops.get_flop_counts().get("GR1.vision", {}).values()) if model.vision.frozen else 0
+    rate = steps * config.batch / total
+    trained = (every - frozen) * steps / (total - watch.spent.get(ENCODER, 0)) / 1e12
     name = torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU"
     top = next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
-    print(f"\n{config.preset}, {config.stage}, batch {config.batch}, {config.windows_per_clip} windows a clip, "
-          f"{precision(config, world)} on {name}, {torch.get_num_threads()} threads; a step:")
+    print(f"\n{config.preset}, {config.stage}, batch {config.batch}, {config.windows_per_clip} windows a "
+          f"clip, {precision(config, world)} on {name}, {torch.get_num_threads()} threads; a step:")
     for what, seconds in watch.spent.items():
         print(f"  {what:<34}{1000 * seconds / steps:>10.1f} ms{100 * seconds / total:>7.1f}%")
     print(f"  {'all':<34}{1000 * total / steps:>10.1f} ms\n"
           f"  windows a second                  {rate:>10.1f}\n"
-          f"  TFLOP/s of matrix products        {flops.get_total_flops() * steps / total / 1e12:>10.2f}; "
-          f"of the trained part alone {trained / (total - watch.spent.get(ENCODER, 0)) / 1e12:.2f}"
-          + (f", {100 * trained / (total - watch.spent.get(ENCODER, 0)) / top:.0f}% of the peak" if top else "")
+          f"  TFLOP/s of matrix products        {every * steps / total / 1e12:>10.2f}; "
+          f"of the trained part alone {trained:.2f}"
+          + (f", {100 * trained * 1e12 / top:.0f}% of the peak" if top else "")
           + f"\n  peak memory                       {peak:>10.0f} MiB\n"
           f"  loader, one core, windows a second{loaded:>10.1f}; its JPEG decoder alone {decoded:.1f}, "
           f"ratio {loaded / decoded:.2f}")
@@ -570,8 +572,9 @@ def bench(config, changes, world, steps=5):
 
 def estimate(argv, world):
     """Print what the paper's two runs would take here, from the rates that bench measures."""
-    for stage, windows, what in (("pretrain", 50 * 800_000, "pre-training: 50 epochs of 800,000 Ego4D clips"),
-                                 ("finetune", 20 * 1_400_000, "finetuning: 20 epochs of CALVIN ABCD's windows")):
+    runs = (("pretrain", 50 * 800_000, "pre-training: 50 epochs of 800,000 Ego4D clips"),
+            ("finetune", 20 * 1_400_000, "finetuning: 20 epochs of CALVIN ABCD's windows"))
+    for stage, windows, what in runs:
         config, changes, _ = parse([*argv, "--stage", stage])
         hours = windows / bench(config, changes, world) / 3600
         print(f"  {what}: {hours:,.1f} hours")
