@@ -350,6 +350,22 @@ def split(clips, fraction, seed=0):
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
+def share_of_tasks(clips, ids, fraction, seed=0):
+    """A data set made smaller, as in the paper's 10% setting: -> ids of the same number of each task's clips.
+
+    Drawn by `seed`: of each task `fraction` of what a task has on average, or all where it has fewer. CALVIN
+    ABCD has 675 segments a task, of which the paper's 10% are 66: the average counts as 660 at most.
+    """
+    if fraction == 1:
+        return ids
+    ids = np.random.default_rng(seed).permutation(ids)
+    tasks = np.array(clips.tasks)[ids]
+    names = np.unique(tasks)
+    average = min(len(ids) / len(names), 660 if names.any() else np.inf)     # video has no tasks: one, ""
+    chosen = [ids[tasks == name][:max(1, round(fraction * average))] for name in names]
+    return np.sort(np.concatenate(chosen))
+
+
 def open_data(path):
     """Open PATH, a data set or a folder with training/ and maybe validation/: -> (train, val or None)."""
     path = pathlib.Path(path)
@@ -370,10 +386,16 @@ class Windows(torch.utils.data.Dataset):
     F more frames are read for targets: frames[:, t + F] is what step t predicts.
 
     With per_clip W > 1, W windows that start one step after the other are cut from each clip and share its
-    frames: a run of N = T+W-1 steps is drawn as one window is otherwise, and stored once. (Where a clip is
-    too short for W windows, the last one comes again.)
+    frames, a run of N = T+W-1 steps that is stored once. The starts are drawn and clipped as above, so that
+    some of the W are the same window near a clip's ends: else the ends would be seen far less.
+
+    All that is random about a step, but for dropout, is drawn here: with `shift`, by how much DrQ-v2's
+    augmentation moves each run of each camera (0.05: up to 10 px of 200), and with `foresee` V, at which V of
+    a window's T steps the future frame is asked for.
 
         frames       {camera: uint8 (B/W, N+F, 3, H, W)}
+        shifts       {camera: int64 (B/W, 2)}     down and to the right [px]; only if shift > 0
+        video_at     int64 (V,)                   only if foresee > 0
         offsets      int64 (B,)                   where in its run a window starts; only if W > 1
         sentences    [str] * B
         mask         bool (B, T)                  real steps
@@ -384,14 +406,15 @@ class Windows(torch.utils.data.Dataset):
         action_mask  bool (B, T, chunk)           those that are known; the others are 0
     """
 
-    def __init__(self, clips, ids, batch_size, window, future, cameras, chunk=1, seed=0, per_clip=1):
+    def __init__(self, clips, ids, batch_size, window, future, cameras, chunk=1, seed=0, per_clip=1,
+                 shift=0.0, foresee=0):
         if not set(cameras) <= set(clips.cameras):
             raise ClipsError(f"{clips.directory} has the cameras {list(clips.cameras)}, not {list(cameras)}")
         if not len(ids):
             raise ClipsError(f"{clips.directory}: no clip to draw windows from")
         self.clips, self.ids, self.cameras = clips, np.asarray(ids), list(cameras)
         self.B, self.T, self.F, self.chunk = batch_size, window, future, chunk
-        self.seed, self.W = seed, per_clip
+        self.seed, self.W, self.shift, self.foresee = seed, per_clip, shift, foresee
 
     def __len__(self):
         return 2 ** 31 - 1                             # endless, in effect: a run sets its own last step
@@ -401,17 +424,24 @@ class Windows(torch.utils.data.Dataset):
         rng, span = np.random.default_rng([self.seed, step]), self.T + self.W - 1
         ids = rng.choice(self.ids, self.B // self.W)
         lengths = self.clips.lengths[ids]
-        runs = np.clip(rng.integers(1 - span, lengths), 0, np.maximum(0, lengths - span))
-        ids, lengths, runs = (np.split(x, parts)[part] for x in (ids, lengths, runs))
-        offsets = np.minimum(np.arange(self.W), np.maximum(0, lengths - self.T - runs)[:, None]).ravel()
-        frames, runs, ids, lengths = self.frames(ids, runs), *(x.repeat(self.W) for x in (runs, ids, lengths))
-        steps = (runs + offsets)[:, None] + np.arange(self.T)                               # (B, T)
+        at = rng.integers(1 - self.T, lengths) - self.W // 2              # where the first of W would start
+        video_at = rng.permutation(self.T)[:self.foresee]
+        reach = {c: round(self.shift * self.clips.cameras[c][0]) for c in self.cameras}
+        shifts = {c: rng.integers(-far, far + 1, (len(ids), 2)) for c, far in reach.items()}
+        ids, lengths, at, *shifts = (np.split(x, parts)[part] for x in (ids, lengths, at, *shifts.values()))
+        runs = np.clip(at, 0, np.maximum(0, lengths - span))
+        starts = np.clip(at[:, None] + np.arange(self.W), 0, np.maximum(0, lengths - self.T)[:, None])
+        offsets = (starts - runs[:, None]).ravel()
+        frames, ids, lengths = self.frames(ids, runs), ids.repeat(self.W), lengths.repeat(self.W)
+        steps = starts.reshape(-1, 1) + np.arange(self.T)                                   # (B, T)
         batch = dict(mask=steps < lengths[:, None], future_mask=steps + self.F < lengths[:, None])
-        if self.W > 1:
-            batch["offsets"] = offsets
+        batch |= {"offsets": offsets} if self.W > 1 else {}
+        batch |= {"video_at": video_at} if self.foresee else {}
         if self.clips.has_actions:
             batch |= self.robot(ids, steps)
         batch = {key: torch.from_numpy(value) for key, value in batch.items()}
+        if self.shift:
+            batch["shifts"] = dict(zip(self.cameras, map(torch.from_numpy, shifts)))
         return batch | dict(frames=frames, sentences=[self.clips.sentences[i] for i in ids])
 
     def frames(self, ids, starts):

@@ -101,6 +101,7 @@ def run(script, *arguments):
             status = stop.code
         finally:
             signal.signal(signal.SIGINT, signal.default_int_handler)      # train.py had its own
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if isinstance(status, str):                                           # sys.exit(text): printed, status 1
         return 1, output.getvalue() + status
     return int(status or 0), output.getvalue()
@@ -205,7 +206,7 @@ def test_video_at_asks_for_less(gate):
     """Catches answers given to the wrong timesteps when only some steps foresee."""
     model = small_model(chunk=2, **gate)
     inputs = random_window(model.config)
-    everything, some = model(*inputs), model(*inputs, video_at=[3, 1])
+    everything, some = model(*inputs), model(*inputs, video_at=torch.tensor([3, 1]))
     for name, full in everything.items():
         assert same(some[name], full[:, [3, 1]] if name in CAMERAS else full)
     assert everything["arm"].shape == (2, 4, 2, 6) and everything["rgb_static"].shape == (2, 4, 4, 768)
@@ -243,13 +244,12 @@ def test_pixels_and_patches_by_hand():
 
 
 def test_shift_is_one_for_a_window():
-    """Catches a camera that shakes within a window, black borders, a shift that never reaches its end."""
+    """Catches a camera that shakes within a window, black borders, rows taken for columns."""
     frames = torch.empty(200, 3, 3, 20, 20, dtype=torch.uint8)
     frames[:, :, 0], frames[:, :, 1] = torch.arange(20)[:, None], torch.arange(20)          # row, column
     frames[:, :, 2] = torch.arange(3)[:, None, None]                                        # timestep
-    shifted = gr1.random_shift(frames, 0.1)
-    dy, dx = (shifted[:, 0, channel, 10, 10].int() - 10 for channel in (0, 1))
-    assert set(dy.tolist()) == set(dx.tolist()) == {-2, -1, 0, 1, 2} and not torch.equal(dy, dx)
+    dy, dx = by = torch.randint(-2, 3, (2, 200))
+    shifted = gr1.shift(frames, by.T)
     rows, columns = ((torch.arange(20) + d[:, None]).clamp(0, 19) for d in (dy, dx))
     assert (shifted[:, :, 0] == rows[:, None, :, None]).all()
     assert (shifted[:, :, 1] == columns[:, None, None, :]).all()
@@ -286,12 +286,16 @@ def test_losses_by_hand(video_at, norm_pixels):
     pixels = {c: torch.randn(3, 4 + config.future, 3, 32, 32) for c in CAMERAS}
     out = dict(arm=torch.randn(3, 4, 2, 6), gripper=torch.randn(3, 4, 2),
                **{c: torch.randn(3, len(at), 4, 768) for c in CAMERAS})
-    losses = gr1.losses(out, batch, pixels, config, video_at)
+    batch |= {"video_at": torch.tensor(video_at)} if video_at else {}
+    losses = gr1.losses(out, batch, pixels, config)
     expected = by_hand(out, batch, pixels, config, at)
     assert set(losses) == {"arm", "gripper", *CAMERAS}
     assert all(abs(losses[name].item() - expected[name]) < 1e-4 for name in losses)
     nothing = batch | {key: torch.zeros_like(batch[key]) for key in ("action_mask", "future_mask")}
-    assert all(value == 0 for value in gr1.losses(out, nothing, pixels, config, video_at).values())
+    assert all(value == 0 for value in gr1.losses(out, nothing, pixels, config).values())
+    counts, few = gr1.count_targets(batch), torch.tensor([0.5, 0.5])           # one known target in two parts
+    for name, value in gr1.losses(out, batch, pixels, config, few).items():
+        assert same(value * 0.5, losses[name] * counts[0 if name in ("arm", "gripper") else 1], 1e-3)
 
 
 def test_foresight_is_judged_and_drawn():
@@ -317,7 +321,7 @@ def test_copy_gate_keeps_the_present_frame():
     pixels, *inputs = random_window(model.config)
     with torch.no_grad():
         model.video_head.pixels.bias[768:], model.video_head.pixels.weight[:] = 50, 0
-        kept = model(pixels, *inputs, video_at=[2, 1])
+        kept = model(pixels, *inputs, video_at=torch.tensor([2, 1]))
         assert all(same(kept[c], gr1.patchify(pixels[c][:, [2, 1]], 16), 1e-5) for c in CAMERAS)
         one = 16 * 5 + 7                                       # a pixel of each patch: row 5, column 7
         model.video_head.pixels.bias[768 + one] = -50
@@ -345,7 +349,8 @@ def test_one_batch_is_learned(robot):
                       robot_obs=torch.randn(4, 4, 15), action_mask=torch.ones(4, 4, 1, dtype=bool))
     optimizer, history = torch.optim.AdamW(model.parameters(), 4e-3, weight_decay=0), []
     for _ in range(150):
-        out, pixels = train.predict(model, config, batch)
+        pixels = train.see(batch, config)
+        out = train.predict(model, config, batch, pixels)
         losses = gr1.losses(out, batch, pixels, config)
         history.append({name: value.item() for name, value in losses.items()})
         sum(losses.values()).backward()
@@ -765,7 +770,7 @@ def test_window_masks(tmp_path, length, W):
         assert batch["mask"][b].sum() == min(T, length)
         assert batch["future_mask"][b].tolist() == [start + t + F < length for t in range(T)]
         real = torch.arange(start, start + T + F) * (torch.arange(start, start + T + F) < length)
-        static = gr1.windows_of(batch["frames"]["rgb_static"], batch.get("offsets"), T + F)[b]
+        static = gr1.windows_of(batch["frames"]["rgb_static"], batch.get("offsets"), torch.arange(T + F))[b]
         assert (static.int() - 10 * real[:, None, None, None]).abs().max() <= 2
         assert torch.equal(batch["robot_obs"][b, :, 0], real[:T].float())
         for k in range(chunk):                                # the last step's action is unknown
@@ -780,23 +785,27 @@ def test_shared_frames_change_no_loss(tmp_path):
     data, model = clips.Clips(make_data_set(tmp_path)), small_model(cameras={"rgb_static": 32})
     config, losses, encoded = model.config, [], []
     batch = clips.Windows(data, range(5), 12, config.window, config.future, ["rgb_static"], per_clip=4)[0]
-    frames = gr1.windows_of(batch["frames"]["rgb_static"], batch["offsets"], config.window + config.future)
+    steps = torch.arange(config.window + config.future)
+    frames = gr1.windows_of(batch["frames"]["rgb_static"], batch["offsets"], steps)
     apart = batch | dict(frames={"rgb_static": frames}, offsets=None)
     model.vision.register_forward_hook(lambda vision, images, out: encoded.append(len(images[0])))
     for either in batch, apart:
-        out, pixels = train.predict(model, config, either)
+        pixels = train.see(either, config)
+        out = train.predict(model, config, either, pixels)
         losses.append(gr1.losses(out, either, pixels, config))
     assert all(same(losses[0][name], losses[1][name], 1e-6) for name in losses[1])
     assert encoded == [3 * (config.window + 3), 12 * config.window]
 
 
-def test_ends_are_seen_as_often_as_the_middle(tmp_path):
+@pytest.mark.parametrize("W, length, share", [(1, 20, 0.8), (4, 20, 0.75), (10, 20, 0.75), (10, 8, 0.55)])
+def test_ends_are_seen_as_often_as_the_middle(tmp_path, W, length, share):
     """Catches windows that see a clip's ends T times less often: the last steps are where tasks get done."""
-    windows = clips.Windows(clips.Clips(make_data_set(tmp_path, lengths=[(20,)])), [0], 64, 5, 0, CAMERAS[1:])
-    seen = np.zeros(20)
+    data = clips.Clips(make_data_set(tmp_path, lengths=[(length,)]))
+    windows = clips.Windows(data, [0], 20 * W, 5, 0, CAMERAS[1:], per_clip=W)
+    seen = np.zeros(length)
     for start in torch.cat([windows[step]["robot_obs"][:, 0, 0] for step in range(40)]).int().tolist():
         seen[start:start + 5] += 1
-    assert seen.min() > 0.6 * seen.mean() and seen[0] > 0.8 * seen.mean() and seen[-1] > 0.8 * seen.mean()
+    assert seen.min() > 0.55 * seen.mean() and min(seen[0], seen[-1]) > share * seen.mean()
 
 
 def test_batch_is_a_function_of_the_step(tmp_path):
@@ -1779,7 +1788,8 @@ def test_resume_equals_straight(tabletop_data, tmp_path, monkeypatch):
     """Catches a run that, after a power cut, sees other data or noise, or forgets optimizer or schedule."""
     command = lambda name, *more: training("finetune", tabletop_data / "demonstrations", tmp_path / name,
                                            "--shift", 0.05, "--video-steps", 2, *more, dropout=0.1)
-    assert run(*command("straight"))[0] == 0
+    status, text = run(*command("straight", "--resume"))      # as a queue that may kill it always starts it
+    assert status == 0 and "no run in" in text and (tmp_path / "straight/first_batch.png").exists(), text
     read = clips.Windows.__getitem__
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(clips.Windows, "__getitem__", lambda *at: read(*at) if at[1][0] < 4 else 1 / 0)
@@ -1792,7 +1802,6 @@ def test_resume_equals_straight(tabletop_data, tmp_path, monkeypatch):
     for key in "lr", "arm", "val/arm":
         assert read_log(tmp_path / "cut", key) == read_log(tmp_path / "straight", key)
     assert fails_in_one_line(*command("cut", "--resume", "--lr", 0.5), words=["started with lr", "0.5"])
-    assert fails_in_one_line(*command("none", "--resume"), words=["none"])
     (tmp_path / "cut").rename(tmp_path / "moved")
     assert run(*command("moved", "--resume"))[0] == 0
     resume = tmp_path / "moved/resume.pt"

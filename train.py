@@ -8,14 +8,18 @@ Train GR-1: `--stage pretrain` on video (what will the camera see?), `--stage fi
 
 Reads packed clips (clips.py); without --data it lets tabletop.py make them under data/ once. Writes into
 --out (default out/STAGE): model.safetensors + config.json (the model), resume.pt (all that --resume needs),
-log.jsonl (every logged step), sheets STEP.png (held-out frames: now / predicted / true) and best/ (the model
-with the least held-out loss). After Ctrl-C or SIGTERM it finishes the step, saves all and ends well.
+log.jsonl (every logged line), first_batch.png (what the model is shown), sheets STEP.png (held-out frames:
+now / predicted / true) and best/ (the model with the least held-out loss). After Ctrl-C or SIGTERM it does
+the step to its end, saves all and exits with status 0.
 
-Logged: arm, gripper and one video loss a camera, unweighted; val/... the same on held-out episodes;
-val/CAMERA_ratio = error of the predicted frame / error of copying the present one, in patches that change.
+Logged: arm, gripper and one video loss a camera, unweighted, and the gradient's norm, each a mean over all
+processes and over the steps since the last line; skipped: steps without a finite gradient, so far;
+val/... losses on held-out episodes; val/CAMERA_ratio = error of the predicted frame / error of copying the
+present one, in patches that change.
 """
 import argparse
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
@@ -27,11 +31,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 
 import numpy as np
 import simplejpeg
@@ -53,8 +55,9 @@ import model as gr1
 class TrainConfig:
     """One training run. Every field is a flag; 0 and "" mean the preset's (see PRESETS) where they say so."""
     stage: str = "finetune"        # pretrain: video only; finetune: robot demonstrations
-    preset: str = "tiny"           # tiny (a laptop's) or gr1 (the paper's)
+    preset: str = "tiny"           # tiny (a laptop's), gr1 (the paper's) or real (its real robot's)
     data: str = ""                 # packed clips, or a folder of training/ and validation/; "": the tabletop
+    data_fraction: float = 1.0     # share of each task's clips to train on; 0.1: the paper's 10% setting
     out: str = ""                  # "": out/STAGE
     init: str = ""                 # start from this checkpoint; none: fresh; "": out/pretrain if it is there
     fresh: str = ""                # parts that start anew in spite of init, "a,b" or none; "": the preset's
@@ -79,7 +82,7 @@ class TrainConfig:
     shift: float = -1.0            # random shift, share of the image side; -1: the preset's
     # the machine
     precision: str = "auto"        # auto: bf16 on a GPU, fp32 on a CPU
-    compile: bool = False          # torch.compile the model
+    compile: str = "auto"          # torch.compile the model's parts: on, off; auto: on a GPU
     workers: int = -1              # loader processes a process; -1: 4 on a GPU, 0 on a CPU
     vision_weights: str = "hub"    # the gr1 preset's frozen MAE: hub, none (random) or a file
     text_weights: str = ""         # its CLIP, likewise; "": hub, or none where --vision-weights is none
@@ -88,7 +91,9 @@ class TrainConfig:
     log_every: int = 50            # steps
     eval_every: int = 500          # held-out losses, sheet and checkpoint
     eval_batches: int = 8          # of at most 64 windows
-    resume: bool = False           # go on with the run in --out
+    resume: bool = False           # go on with the run in --out, if there is one
+    wandb: bool = False            # send the figures to Weights & Biases too
+    tensorboard: bool = False      # likewise, as TensorBoard's files in --out
 
 
 # Paper, Table 3 (batch, learning rate, epochs, warm-up); all timesteps foresee. Betas, decay: authors' GR-MG.
@@ -105,14 +110,16 @@ PRESETS = {
                                shift=0, video_steps=1, video_weight=1,
                                fresh="trunk,vision,resampler,embed_language,embed_latents,embed_cls"),
 }
+PRESETS["real", "pretrain"] = PRESETS["gr1", "pretrain"]         # paper, real robot: batch and epochs differ
+PRESETS["real", "finetune"] = PRESETS["gr1", "finetune"] | dict(batch=64, epochs=30, warmup=1 / 30)
 UNSET = dict(fresh="", batch=0, lr=0.0, steps=0, epochs=0.0, warmup=0.0, beta2=0.0, weight_decay=-1.0,
              shift=-1.0, video_steps=-1, video_weight=-1.0)
-ENCODER = "forward: image encoder"
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "V100": 125e12}     # dense bf16 (V100: fp16)
 PATIENCE = 10                    # steps in a row whose gradients may be infinite
-STOP = threading.Event()         # set by Ctrl-C and SIGTERM
+STOP = [False]                   # set by Ctrl-C and SIGTERM
 # Model settings worth a flag of their own; --model KEY=VALUE reaches the others (see model.GR1Config).
-MODEL_FLAGS = dict(window=int, future=int, chunk=int)
+MODEL_FLAGS = {"window": "window", "future_step": "future", "chunk": "chunk"}
+LEAST = dict(accumulate=1, windows_per_clip=1, log_every=1, eval_every=1, eval_batches=1, batch=1, steps=0)
 
 
 def parse(argv=None):
@@ -127,11 +134,12 @@ def parse(argv=None):
         if f.type is bool:
             parser.add_argument(flag, action="store_true", help=about)
         else:
-            choices = dict(stage=["pretrain", "finetune"], precision=["auto", "bf16", "fp32"]).get(f.name)
+            choices = dict(stage=["pretrain", "finetune"], precision=["auto", "bf16", "fp32"],
+                           compile=["auto", "on", "off"]).get(f.name)
             short = dict(vision_weights=["--mae"], text_weights=["--clip"]).get(f.name, [])
             parser.add_argument(flag, *short, type=f.type, default=f.default, choices=choices, help=about)
-    for name, kind in MODEL_FLAGS.items():
-        parser.add_argument(f"--{name}", type=kind, default=None, help="model setting; default: the preset's")
+    for name in MODEL_FLAGS:
+        parser.add_argument("--" + name.replace("_", "-"), type=int, help="model setting; else the preset's")
     parser.add_argument("--no-video", action="store_true", help="the paper's ablation without [OBS]")
     parser.add_argument("--no-norm-pix", action="store_true",
                         help="predict plain, not patch-normalised pixels")
@@ -143,7 +151,7 @@ def parse(argv=None):
     parser.add_argument("--model", nargs="*", default=[], metavar="KEY=VALUE",
                         help="other settings of model.GR1Config")
     args = vars(parser.parse_args(argv))
-    changes = {name: args.pop(name) for name in MODEL_FLAGS}
+    changes = {key: args.pop(name) for name, key in MODEL_FLAGS.items()}
     changes = {k: v for k, v in changes.items() if v is not None}
     if args["no_video"] and args["stage"] == "pretrain":
         parser.error("--no-video leaves nothing to pre-train: [OBS] is its only question")
@@ -164,10 +172,14 @@ def parse(argv=None):
         if getattr(config, key) == UNSET[key] and not (
                 key in ("steps", "epochs") and (config.steps or config.epochs)):
             setattr(config, key, value)
-    for key, least in dict(accumulate=1, windows_per_clip=1, log_every=1, eval_every=1, eval_batches=1,
-                           batch=1, steps=0).items():
+    for key, least in LEAST.items():
         if getattr(config, key) < least:
             parser.error(f"--{key.replace('_', '-')} must be at least {least}, got {getattr(config, key)}")
+    if not 0 < config.data_fraction <= 1:
+        parser.error(f"--data-fraction must be above 0 and at most 1, got {config.data_fraction}")
+    for package in "wandb", "tensorboard":
+        if getattr(config, package) and not importlib.util.find_spec(package):
+            parser.error(f"--{package} needs the package {package}: pip install {package}")
     config.out = config.out or f"out/{config.stage}"
     config.text_weights = config.text_weights or ("none" if config.vision_weights == "none" else "hub")
     return config, changes, mode
@@ -201,6 +213,7 @@ class World:
     def print(self, *words):
         if self.main:
             tqdm.write(" ".join(map(str, words)), file=sys.stdout)
+            sys.stdout.flush()                           # a pipe's reader, or a queue's log, sees it now
 
 
 def set_up():
@@ -227,9 +240,7 @@ def set_up():
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if size > 1:
-        # hours, because the others wait here while the first process makes the tabletop's clips
-        dist.init_process_group("nccl" if gpu else "gloo", rank=rank, world_size=size,
-                                timeout=timedelta(hours=4))
+        dist.init_process_group("nccl" if gpu else "gloo", rank=rank, world_size=size)
         if not gpu:
             torch.set_num_threads(max(1, cores // here))
     return World(rank, size, device)
@@ -249,32 +260,42 @@ def find_data(config, world):
             world.print(f"  making them once: python tabletop.py --make {kind} --out {path}")
             if subprocess.run([sys.executable, str(script), "--make", kind, "--out", path]).returncode:
                 raise clips.ClipsError("tabletop.py could not make its clips, see above")
-        world.barrier()
+        while not os.path.exists(f"{path}/meta.json") and not STOP[0]:
+            time.sleep(1)                                # until the first process has made them
     training, validation = clips.open_data(path)
     if config.stage == "finetune" and not training.has_actions:
         raise clips.ClipsError(f"{path} has no actions (source: {training.meta['source']}): finetuning needs "
                                "robot demonstrations; use it with --stage pretrain")
+    ids, held_out = clips.split(training, 0 if validation else config.held_out)
+    ids = clips.share_of_tasks(training, ids, config.data_fraction, config.seed)
     if validation:
-        return training, np.arange(len(training)), validation, np.arange(len(validation))
-    ids, held_out = clips.split(training, config.held_out)
+        return training, ids, validation, np.arange(len(validation))
     return training, ids, training, held_out if len(held_out) else ids
 
 
-def batches(data, ids, model_config, batch, steps, passes, config, world, per_clip=1):
-    """An iterator over this process' parts, `passes` a step, of the batches of random windows `steps`. What a
-    batch holds depends on its number alone, not on how many processes and passes share it.
+def windows(data, ids, batch, config, model_config, **more):
+    return clips.Windows(data, ids, batch, model_config.window, model_config.future,
+                         list(model_config.cameras), model_config.chunk, config.seed, **more)
+
+
+def training_windows(data, ids, config, model_config):
+    return windows(data, ids, config.batch, config, model_config, per_clip=config.windows_per_clip,
+                   shift=config.shift, foresee=config.video_steps if model_config.video else 0)
+
+
+def batches(windows, steps, passes, world, workers):
+    """An iterator over this process' parts, `passes` a step, of the batches windows[step]. What a batch holds
+    depends on its number alone, not on how many processes and passes share it.
     """
-    windows = clips.Windows(data, ids, batch, model_config.window, model_config.future,
-                            list(model_config.cameras), model_config.chunk, config.seed, per_clip)
     parts = [(step, world.rank * passes + i, world.size * passes) for step in steps for i in range(passes)]
-    workers = config.workers if config.workers >= 0 else 4 * (world.device.type == "cuda")
-    return iter(DataLoader(windows, batch_size=None, sampler=parts, num_workers=workers,
-                           worker_init_fn=ignore_ctrl_c, pin_memory=world.device.type == "cuda",
-                           prefetch_factor=4 if workers else None))
+    gpu = world.device.type == "cuda"
+    workers = workers if workers >= 0 else 4 * gpu
+    return iter(DataLoader(windows, batch_size=None, sampler=parts, num_workers=workers, pin_memory=gpu,
+                           worker_init_fn=leave_group, prefetch_factor=2 if workers else None))
 
 
-def ignore_ctrl_c(worker):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)         # a terminal sends it to all; the run decides
+def leave_group(worker):
+    os.setsid()                  # a terminal's Ctrl-C, or torchrun's SIGTERM, is for the run to obey
 
 
 def to_device(batch, device):
@@ -286,16 +307,19 @@ def to_device(batch, device):
 # ---------------------------------------------------------------------------------------------- one pass
 
 
-def predict(net, config, batch, shift=0.0, video_at=None):
-    """Run a batch: -> (predictions, pixels {camera: (B, T + future, 3, S, S)}); shift > 0 augments."""
-    frames, offsets = batch["frames"], batch.get("offsets")
-    if shift:
-        frames = {camera: gr1.random_shift(x, shift) for camera, x in frames.items()}
-    pixels = {camera: gr1.to_pixels(x, config.cameras[camera]) for camera, x in frames.items()}
+def see(batch, config):
+    """Frames as the model sees them, {camera: (B, N, 3, S, S)}: shifted, resized, normalised."""
+    frames = batch["frames"]
+    if "shifts" in batch:
+        frames = {camera: gr1.shift(x, batch["shifts"][camera]) for camera, x in frames.items()}
+    return {camera: gr1.to_pixels(x, config.cameras[camera]) for camera, x in frames.items()}
+
+
+def predict(net, config, batch, pixels):
+    """The model's predictions for a batch that it sees as `pixels`, of which the last are for the losses."""
     seen = {camera: x[:, :x.shape[1] - config.future] for camera, x in pixels.items()}
-    out = net(seen, batch["sentences"], batch.get("robot_obs"), batch["mask"], video_at, offsets)
-    steps = config.window + config.future
-    return out, {camera: gr1.windows_of(x, offsets, steps) for camera, x in pixels.items()}
+    return net(seen, batch["sentences"], batch.get("robot_obs"), batch["mask"], batch.get("video_at"),
+               batch.get("offsets"))
 
 
 def weighted(named, config):
@@ -310,10 +334,12 @@ def evaluate(net, model_config, data, ids, config, world, autocast):
     net.eval()
     size = max(1, min(64, config.batch) // world.size) * world.size
     sums, video, sheet = {}, torch.zeros(len(model_config.cameras), 2, device=world.device), None
-    for batch in batches(data, ids, model_config, size, range(config.eval_batches), 1, config, world):
+    part = windows(data, ids, size, config, model_config)
+    for batch in batches(part, range(config.eval_batches), 1, world, config.workers):
         batch = to_device(batch, world.device)
         with autocast:
-            out, pixels = predict(net, model_config, batch)
+            pixels = see(batch, model_config)
+            out = predict(net, model_config, batch, pixels)
         counts = world.mean(gr1.count_targets(batch))
         for name, value in gr1.losses(out, batch, pixels, model_config, counts=counts).items():
             sums[name] = sums.get(name, 0) + value / config.eval_batches
@@ -335,10 +361,22 @@ def draw_sheet(out, pixels, config, count=8):
         now, future = pixels[camera][:count, config.window - 1], pixels[camera][:count, -1]
         drawn = gr1.draw(out[camera][:count, -1].float(), now, config)
         rows += [gr1.to_images(x).cpu().numpy() for x in (now, drawn, future)]
-    side = max(config.cameras.values())
-    row = lambda images: np.concatenate(
-        [np.array(Image.fromarray(x).resize((side, side), 0)) for x in images], 1)
-    return np.concatenate([row(images) for images in rows])
+    return tile(rows)
+
+
+def draw_batch(batch, config, count=4):
+    """The first runs of frames of a training batch, as the model will see them, a row for each camera."""
+    few = {key: {camera: x[:count] for camera, x in batch[key].items()}
+           for key in ("frames", "shifts") if key in batch}
+    seen = {camera: gr1.to_images(x).numpy() for camera, x in see(few, config).items()}
+    return tile([row for clip in zip(*seen.values()) for row in clip])
+
+
+def tile(rows):
+    """Rows of images as one, uint8 (H, W, 3): the smaller ones are enlarged."""
+    side = max(row.shape[1] for row in rows)
+    enlarge = lambda image: np.array(Image.fromarray(image).resize((side, side), 0))
+    return np.concatenate([np.concatenate([enlarge(image) for image in row], 1) for row in rows])
 
 
 # ---------------------------------------------------------------------------------------------- build, save
@@ -353,6 +391,7 @@ def build(config, changes, world):
     state = None if init == "none" else gr1.read_checkpoint(init)
     torch.manual_seed(config.seed)
     vision, text = gr1.build_encoders(model_config, config.vision_weights, config.text_weights)
+    text.group = 16                                      # CLIP's, see there: a resumed run gets the same bits
     model = gr1.GR1(model_config, vision, text)
     model.trunk.unused_wte.requires_grad_(False)         # DDP would wait for its gradient
     if state:
@@ -388,19 +427,22 @@ def learning_rate(step, config):
 def save_model(out, config, model, step):
     """Write the model for others."""
     info = dict(step=step, train=dataclasses.asdict(config))
-    if config.preset == "gr1":
+    if model.config.preset == "gr1":
         info["encoders"] = dict(vision_weights=config.vision_weights, text_weights=config.text_weights)
     gr1.save_checkpoint(out, model, **info)
 
 
-def save(config, model, optimizer, step, best):
+def save(config, model, optimizer, progress, world):
     """Write the model for others, then resume.pt for this run. Random numbers need no keeping: a step's
-    depend on seed, step and rank alone, and so do its data.
+    depend on seed and step alone (dropout's on the rank too), and so do its data.
     """
-    save_model(config.out, config, model, step)
-    state = dict(step=step, best=best, model=model.trained_state(), optimizer=optimizer.state_dict(),
-                 config=dataclasses.asdict(config) | dataclasses.asdict(model.config))
-    gr1.write_whole(os.path.join(config.out, "resume.pt"), lambda file: torch.save(state, file))
+    if world.main:
+        save_model(config.out, config, model, progress.step)
+        state = dict(step=progress.step, best=progress.best, skipped=progress.skipped.tolist(),
+                     processes=world.size, model=model.trained_state(), optimizer=optimizer.state_dict(),
+                     config=dataclasses.asdict(config) | dataclasses.asdict(model.config))
+        gr1.write_whole(os.path.join(config.out, "resume.pt"), lambda file: torch.save(state, file))
+    progress.saved = progress.step
 
 
 def precision(config, world):
@@ -411,26 +453,35 @@ def precision(config, world):
 
 def equip(model, config, world):
     """What it takes to train: -> (model to call, optimizer, autocast)."""
+    gpu, bf16 = world.device.type == "cuda", precision(config, world) == "bf16"
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, config.lr, (0.9, config.beta2),
                                   weight_decay=config.weight_decay, fused=True)
-    net = torch.compile(model) if config.compile else model
-    net = DistributedDataParallel(net, gradient_as_bucket_view=True) if world.size > 1 else net
-    bf16 = precision(config, world) == "bf16"
+    for name in model.frozen() if bf16 else []:          # autocast would cast their weights at every step
+        getattr(model, name).bfloat16()
+    if gpu:
+        model.vision.to(memory_format=torch.channels_last)              # as the JPEGs' bytes come
+    if config.compile == "on" or config.compile == "auto" and gpu:
+        # by parts: sentences are no tensors, and a part's gradients are averaged while others are computed
+        for part in model.vision, model.resampler, model.trunk, *([model.video_head] * model.config.video):
+            part.compile()
+    net = model
+    if world.size > 1:
+        net = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
     return net, optimizer, torch.autocast(world.device.type, torch.bfloat16) if bf16 else nullcontext()
 
 
 def load_resume(config, model, optimizer, world):
-    """Load resume.pt: -> (step to go on with, best held-out loss). The settings must be the run's first."""
+    """Load resume.pt: -> Progress. The settings must be those that the run began with."""
     path = os.path.join(config.out, "resume.pt")
-    if not os.path.exists(path):
-        raise gr1.ModelError(f"--resume finds no run in {config.out}")
     try:
         state = torch.load(path, map_location=world.device, weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise gr1.ModelError(f"{path} is damaged ({type(error).__name__}): start anew, with --init "
-                             f"{config.out} to keep its weights") from error
-    free = {"resume", "out", "init", "fresh", "workers", "log_every", "eval_every", "eval_batches", "compile"}
+        step, best, skipped, processes = (state[key] for key in ("step", "best", "skipped", "processes"))
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, KeyError, TypeError) as error:
+        raise gr1.ModelError(f"{path} is damaged or of an older version ({type(error).__name__}): start "
+                             f"anew, with --init {config.out} to keep its weights") from error
+    free = {"resume", "out", "init", "fresh", "workers", "log_every", "eval_every", "eval_batches", "compile",
+            "wandb", "tensorboard"}
     now = dataclasses.asdict(config) | dataclasses.asdict(model.config)
     for key, value in state["config"].items():
         if key not in free and now.get(key) != value:
@@ -438,8 +489,10 @@ def load_resume(config, model, optimizer, world):
                                  "give the same, or another --out")
     model.load_trained(state["model"], path)
     optimizer.load_state_dict(state["optimizer"])
-    world.print(f"resume: {config.out} at step {state['step']}")
-    return state["step"], state["best"]
+    world.print(f"resume: {config.out} at step {step}" + (
+        f"; {processes} processes trained it, now {world.size}: its batches stay the same, but dropout and "
+        "the last bits of sums differ" if processes != world.size else ""))
+    return Progress(step, best, torch.tensor(skipped, device=world.device), saved=step)
 
 
 def make_room(out, world):
@@ -452,11 +505,12 @@ def make_room(out, world):
         os.rename(out, f"{out}.{n}")
         world.print(f"out: the run that was in {out} is now in {out}.{n} "
                     "(--resume would have gone on with it)")
-    world.barrier()
     os.makedirs(out, exist_ok=True)
+    world.barrier()
 
 
 # ---------------------------------------------------------------------------------------------- benchmark
+# It stays in this file because it times this file's own train_step.
 
 
 class Stopwatch:
@@ -490,102 +544,210 @@ def synthesise(folder, cameras, robot, clip_count=8, length=64):
     return clips.Clips(folder)
 
 
-def time_loader(loader, data, per_window, seconds=4):
-    """Windows a second that reach the model on one core, and how many its JPEGs could give at most."""
-    shard, file = clips.load_shard(data.directory, 0), data.directory / "00000.bin"
-    jpegs = [file.read_bytes()[a:b] for a, b in itertools.pairwise(shard["offsets"].tolist()[:800])]
-    rates = [0.0, 0.0]
-    for _ in range(3):                                   # in turn, for the machine's mood changes
-        for i, call in enumerate((lambda: len(next(loader)["sentences"]),
-                                  lambda: [simplejpeg.decode_jpeg(x, "RGB") for x in jpegs] and
-                                  len(jpegs) / per_window)):
-            start, count = time.perf_counter(), 0
-            while time.perf_counter() - start < seconds / 6:
-                count += call()
-            rates[i] = max(rates[i], count / (time.perf_counter() - start))
-    return rates
+def rates(calls, seconds=2, rounds=3):
+    """How much a second each call does, which returns how much it did. They are called in turn, and the best
+    of the rounds counts: the machine's mood changes.
+    """
+    best = [0.0 for _ in calls]
+    for _, (i, call) in itertools.product(range(rounds), enumerate(calls)):
+        start, done = time.perf_counter(), 0
+        while time.perf_counter() - start < seconds / rounds:
+            done += call()
+        best[i] = max(best[i], done / (time.perf_counter() - start))
+    return best
 
 
-def bench(config, changes, world, steps=5):
-    """Print where a step's time goes, with random weights and synthetic clips: -> windows a second."""
-    config = dataclasses.replace(config, vision_weights="none", text_weights="none", init="none", steps=1)
-    model = build(config, changes, world).train()
-    native = {"rgb_static": 200, "rgb_gripper": 84} if config.preset == "gr1" else model.config.cameras
-    native = {camera: native[camera] for camera in model.config.cameras}
-    net, optimizer, autocast = equip(model, config, world)
-    with tempfile.TemporaryDirectory() as folder:
-        data = synthesise(folder, native, model.config.robot)
-        check_size(config, 1, world)
-        loader = batches(data, np.arange(len(data)), model.config, config.batch, range(10_000), 1, config,
-                         world, config.windows_per_clip)
-        per_window = (model.config.window + model.config.future) * len(native)
-        loaded, decoded = time_loader(loader, data, per_window)
-        watch = Stopwatch(world.device)
-        model.vision.register_forward_pre_hook(lambda *_: watch.lap("forward: trunk, heads, losses"))
-        model.vision.register_forward_hook(lambda *_: watch.lap(ENCODER))
-        model.resampler.register_forward_hook(lambda *_: watch.lap("forward: resampler"))
+def bench_loader(data, config, model_config):
+    """Windows a second that reach the model, on one core and with two workers; what decoding alone gives."""
+    shard, content = clips.load_shard(data.directory, 0), (data.directory / "00000.bin").read_bytes()
+    jpegs = [content[a:b] for a, b in itertools.pairwise(shard["offsets"][:400 * len(data.cameras) + 1])]
+    run = model_config.window + config.windows_per_clip - 1 + model_config.future
+    frames = run * len(data.cameras) / config.windows_per_clip                 # that are decoded for a window
+    some = dataclasses.replace(config, batch=8 * config.windows_per_clip)
+    windows = training_windows(data, np.arange(len(data)), some, model_config)
+    one, two = (batches(windows, range(1_000_000), 1, World(), workers) for workers in (0, 2))
+    take = lambda loader: len(next(loader)["sentences"])
 
-        def step():
-            batch = next(loader)
-            watch.lap("load")
-            batch = to_device(batch, world.device)
-            watch.lap("transfer")
-            with autocast:
-                out, pixels = predict(net, model.config, batch, config.shift)
-                loss = weighted(gr1.losses(out, batch, pixels, model.config), config)
-            watch.lap("forward: trunk, heads, losses")
-            loss.backward()
-            watch.lap("backward")
-            torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.clip_grad)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            watch.lap("optimizer")
+    def decode():
+        for jpeg in jpegs:
+            simplejpeg.decode_jpeg(jpeg, "RGB")
+        return len(jpegs) / frames
 
+    alone, loaded = rates([decode, lambda: take(one)])
+    for _ in range(4):
+        take(two)                                        # what lay ready
+    return alone, loaded, rates([lambda: take(two)])[0]
+
+
+def bench_parts(model, loader, config, device, seconds=5):
+    """Milliseconds of a step by what they are spent on; FLOPs of all its matrix products, and of the trained.
+
+    Not compiled, not overlapping, not averaged over processes: a step of `train_step` takes less.
+    """
+    net, optimizer, autocast = equip(model, dataclasses.replace(config, compile="off"), World(device=device))
+    watch, steps = Stopwatch(device), 0
+    lap = lambda name: lambda *_: watch.lap(name)
+    hooks = [model.vision.register_forward_pre_hook(lap("forward: trunk, heads, losses")),
+             model.vision.register_forward_hook(lap("forward: image encoder")),
+             model.resampler.register_forward_hook(lap("forward: resampler"))]
+
+    def step():
+        batch = next(loader)
+        watch.lap("load")
+        batch = to_device(batch, device)
+        watch.lap("transfer")
+        with autocast:
+            pixels = see(batch, model.config)
+            watch.lap("pixels: shift, resize, normalise")
+            out = predict(net, model.config, batch, pixels)
+            loss = weighted(gr1.losses(out, batch, pixels, model.config), config)
+        watch.lap("forward: trunk, heads, losses")
+        loss.backward()
+        watch.lap("backward")
+        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.clip_grad)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        watch.lap("optimizer")
+
+    with FlopCounterMode(display=False) as counter:      # the first step is longer than those to come
         step()
-        with FlopCounterMode(display=False) as flops:
-            step()
-        watch.spent.clear()
-        gr1.memory(world.device, peak=True)
-        for _ in range(steps):
-            step()
-        peak = gr1.memory(world.device, peak=True)
-    total, every = sum(watch.spent.values()), flops.get_total_flops()
-    frozen = sum(flops.get_flop_counts().get("GR1.vision", {}).values()) if model.vision.frozen else 0
-    rate = steps * config.batch / total
-    trained = (every - frozen) * steps / (total - watch.spent.get(ENCODER, 0)) / 1e12
-    name = torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU"
-    top = next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
-    print(f"\n{config.preset}, {config.stage}, batch {config.batch}, {config.windows_per_clip} windows a "
-          f"clip, {precision(config, world)} on {name}, {torch.get_num_threads()} threads; a step:")
-    for what, seconds in watch.spent.items():
-        print(f"  {what:<34}{1000 * seconds / steps:>10.1f} ms{100 * seconds / total:>7.1f}%")
-    print(f"  {'all':<34}{1000 * total / steps:>10.1f} ms\n"
-          f"  windows a second                  {rate:>10.1f}\n"
-          f"  TFLOP/s of matrix products        {every * steps / total / 1e12:>10.2f}; "
-          f"of the trained part alone {trained:.2f}"
-          + (f", {100 * trained * 1e12 / top:.0f}% of the peak" if top else "")
-          + f"\n  peak memory                       {peak:>10.0f} MiB\n"
-          f"  loader, one core, windows a second{loaded:>10.1f}; its JPEG decoder alone {decoded:.1f}, "
-          f"ratio {loaded / decoded:.2f}")
-    return rate
+    watch.spent.clear()
+    while steps < 2 or sum(watch.spent.values()) < seconds:
+        step()
+        steps += 1
+    for hook in hooks:
+        hook.remove()
+    counts = {name: sum(flops.values()) for name, flops in counter.get_flop_counts().items()}
+    frozen = sum(counts.get(f"GR1.{name}", 0) for name in model.frozen())
+    assert not model.vision.frozen or counts["GR1.vision"]
+    return {k: 1000 * v / steps for k, v in watch.spent.items()}, counts["Global"], counts["Global"] - frozen
+
+
+def bench(config, changes, world, seconds=10):
+    """Print where a step's time goes, with random weights and synthetic clips: -> windows a second."""
+    config = dataclasses.replace(config, vision_weights="none", text_weights="none", init="none",
+                                 steps=10 ** 6)
+    model = build(config, changes, world).train()
+    device, sizes = world.device, model.config.cameras
+    if model.config.preset == "gr1":
+        sizes = {camera: {"rgb_static": 200, "rgb_gripper": 84}[camera] for camera in sizes}
+    with tempfile.TemporaryDirectory() as folder:
+        data = synthesise(folder, sizes, model.config.robot)
+        alone, loaded, by_two = bench_loader(data, config, model.config)
+        windows = training_windows(data, np.arange(len(data)), config, model.config)
+        loader = batches(windows, range(10 ** 6), config.accumulate, world, config.workers)
+        table, flops, trained = bench_parts(model, loader, config, device)
+        net, optimizer, autocast = equip(model, config, world)
+        skipped = torch.zeros(2, dtype=torch.int64, device=device)
+
+        def steps(count):
+            """Seconds that so many steps take, on the slowest process."""
+            start = time.perf_counter()
+            for step in range(count):
+                train_step(step, net, optimizer, loader, config, model.config, world, autocast, skipped)
+            return world.mean(skipped + time.perf_counter() - start)[0].item()      # waits for all of it
+
+        steps(2)
+        gr1.memory(device, new_peak=True)
+        count = max(2, round(seconds / steps(1)))
+        spent = steps(count) / count
+        peak = gr1.memory(device, peak=True)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    top = next((most for gpu, most in PEAK_FLOPS.items() if gpu in name), None)
+    of_peak = lambda rate: f"{rate / 1e12:>10.2f}" + (f"  {rate / top:.0%} of the peak" if top else "")
+    encoder = table["forward: image encoder"] / 1000 if model.vision.frozen else 0
+    say = world.print
+    say(f"\n{config.preset}, {config.stage}, batch {config.batch}, {config.windows_per_clip} windows a clip, "
+        f"{precision(config, world)} on {world.size} x {name}, {torch.get_num_threads()} threads")
+    say("parts of a step, one by one [ms], not compiled")
+    for what, ms in table.items():
+        say(f"  {what:<40}{ms:>10.1f}{ms / sum(table.values()):>7.1%}")
+    say(f"  {'all':<40}{sum(table.values()):>10.1f}")
+    say(f"a training step [ms]                      {1000 * spent:>10.1f}\n"
+        f"windows a second                          {config.batch / spent:>10.2f}\n"
+        f"peak memory [MiB]                         {peak:>10.0f}\n"
+        f"matrix products [TFLOP/s]                 {of_peak(flops / spent)}\n"
+        f"  of what is trained, encoder's time off  {of_peak(trained / max(1e-9, spent - encoder))}\n"
+        f"loader, one core, windows a second        {loaded:>10.1f}\n"
+        f"  its JPEG decoder alone                  {alone:>10.1f}  ratio {loaded / alone:.2f}\n"
+        f"  with two workers                        {by_two:>10.1f}  ratio {by_two / loaded:.2f}")
+    return config.batch / spent
 
 
 def estimate(argv, world):
     """Print what the paper's two runs would take here, from the rates that bench measures."""
-    runs = (("pretrain", 50 * 800_000, "pre-training: 50 epochs of 800,000 Ego4D clips"),
-            ("finetune", 20 * 1_400_000, "finetuning: 20 epochs of CALVIN ABCD's windows"))
-    for stage, windows, what in runs:
-        config, changes, _ = parse([*argv, "--stage", stage])
-        hours = windows / bench(config, changes, world) / 3600
-        print(f"  {what}: {hours:,.1f} hours")
+    runs = (("pretrain", 800_000, 50, "clips of ten frames, one window each"),
+            ("finetune", 1_400_000, 20, "windows of CALVIN ABCD"))
+    for stage, places, epochs, what in runs:
+        config, changes, _ = parse(["--preset", "gr1", *argv, "--stage", stage])
+        check_batch(config, world)
+        hours = places / bench(config, changes, world) / 3600
+        world.print(f"{stage}: {epochs} epochs of {places:,} {what}: {hours:,.2f} hours an epoch, "
+                    f"{epochs * hours:,.1f} in all")
 
 
 # ---------------------------------------------------------------------------------------------- the run
 
 
-def check_size(config, windows, world):
-    """Settle the number of steps; refuse a batch that the processes cannot share."""
-    config.steps, config.epochs = config.steps or math.ceil(config.epochs * windows / config.batch), 0.0
+@dataclass
+class Progress:
+    """How far a run has come, beside weights and optimizer."""
+    step: int                      # steps done
+    best: float                    # least weighted held-out loss
+    skipped: torch.Tensor          # (2,) steps without a finite gradient: in a row till now, in all
+    saved: int | None = None       # step of the last checkpoint
+
+
+class Later:
+    """Values of a small tensor, for later: the call waits for their copy, not for what was asked since."""
+
+    def __init__(self, tensor):
+        self.copy, self.ready = tensor.to("cpu", non_blocking=True), None       # from a GPU: to pinned memory
+        if tensor.is_cuda:
+            self.ready = torch.cuda.Event()
+            self.ready.record()
+
+    def __call__(self):
+        if self.ready:
+            self.ready.synchronize()
+        return self.copy.tolist()
+
+
+class Log:
+    """Prints lines of figures; the first process also keeps them in log.jsonl, and elsewhere if asked."""
+
+    def __init__(self, config, first, world):
+        """What a run that broke off had logged after step `first` is dropped."""
+        self.world, self.others, path = world, [], pathlib.Path(config.out, "log.jsonl")
+        if not world.main:
+            return
+        lines = path.read_text().splitlines(True) if first and path.exists() else []
+        whole = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= first]
+        gr1.write_whole(str(path), lambda file: pathlib.Path(file).write_text("".join(whole)))
+        self.file = open(path, "a")
+        if config.wandb:
+            import wandb
+            wandb.init(project="nanogr", name=config.out, config=dataclasses.asdict(config))
+            self.others.append(lambda step, figures: wandb.log(figures, step=step))
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(config.out)
+            self.others.append(lambda step, figures: [writer.add_scalar(name, value, step)
+                                                      for name, value in figures.items()])
+
+    def __call__(self, step, **figures):
+        if self.world.main:
+            figures = {k: v if math.isfinite(v) else None for k, v in figures.items()}    # JSON has no NaN
+            short = lambda v: f"{v:.4g}" if isinstance(v, float) else str(v)
+            self.world.print("  ".join(f"{k} {short(v)}" for k, v in dict(step=step, **figures).items()))
+            self.file.write(json.dumps(dict(step=step, **figures)) + "\n")
+            self.file.flush()
+            for send in self.others:
+                send(step, {k: v for k, v in figures.items() if v is not None})
+
+
+def check_batch(config, world):
+    """Refuse a batch that the processes cannot share."""
     parts = world.size * config.accumulate * config.windows_per_clip
     if config.batch % parts:
         raise gr1.ModelError(f"--batch {config.batch} does not divide over {world.size} processes x "
@@ -593,145 +755,157 @@ def check_size(config, windows, world):
                              f"a multiple of {parts}")
 
 
-def train_step(step, net, optimizer, loader, config, model_config, world, autocast):
-    """One update from `accumulate` passes: -> (losses by name, gradient norm, share of the processes told to
-    stop), all tensors: nothing here waits for the device. Where a gradient is not finite there is no update.
+def train_step(step, net, optimizer, loader, config, model_config, world, autocast, skipped):
+    """One update from `accumulate` passes: -> (figures by name, skipped steps (2,), Later [share of the
+    processes told to stop, skipped steps in a row before this one]). Nothing here waits for the device.
     """
-    # the step's random numbers depend on seed, step and rank alone: a resumed run draws the same
-    video_at = np.random.default_rng([config.seed, step]).permutation(model_config.window)
-    video_at = video_at[:config.video_steps].tolist() or None                                # None: all
-    torch.manual_seed(((config.seed * 1_000_003 + step) * 10_007 + world.rank) % 2 ** 63)
+    torch.manual_seed(((config.seed * 1_000_003 + step) * 10_007 + world.rank) % 2 ** 63)     # for dropout
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
-    named, share = {}, [to_device(next(loader), world.device) for _ in range(config.accumulate)]
-    counts = sum(gr1.count_targets(batch, video_at) for batch in share) / config.accumulate
-    *counts, stop = world.mean(torch.cat([counts, counts.new_tensor([STOP.is_set()])]))
+    share = [to_device(next(loader), world.device) for _ in range(config.accumulate)]
+    counts = sum(gr1.count_targets(batch) for batch in share) / config.accumulate
+    *counts, stop = world.mean(torch.cat([counts, counts.new_full((1,), float(STOP[0]))]))
+    news = Later(torch.stack([stop, skipped[0].float()]))
+    figures = {}
     for i, batch in enumerate(share):
         waits = world.size > 1 and i < config.accumulate - 1         # gradients are averaged in the last pass
         with net.no_sync() if waits else nullcontext():
             with autocast:
-                out, pixels = predict(net, model_config, batch, config.shift, video_at)
-                parts = gr1.losses(out, batch, pixels, model_config, video_at, counts)
-            (weighted(parts, config) / config.accumulate).backward()
-        named = {name: named.get(name, 0) + x.detach() / config.accumulate for name, x in parts.items()}
+                pixels = see(batch, model_config)
+                out = predict(net, model_config, batch, pixels)
+                named = gr1.losses(out, batch, pixels, model_config, counts)
+            loss = weighted(named, config) / config.accumulate
+            # a loss that is not finite spoils the gradients of all processes, so that all skip the step
+            loss.backward(torch.where(loss.detach().isfinite(), 1.0, math.nan))
+        for name, value in named.items():
+            figures[name] = figures.get(name, 0) + value.detach() / config.accumulate
     norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.clip_grad)
-    optimizer.found_inf = (~norm.isfinite()).float()     # fused AdamW then leaves weights and state alone
+    bad = ~norm.isfinite()
+    optimizer.found_inf = bad.float()                    # fused AdamW then leaves weights and state alone
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return named, norm, stop
+    return figures | {"grad_norm": norm}, torch.stack([(skipped[0] + 1) * bad, skipped[1] + bad]), news
 
 
-def run(first, best, net, model, optimizer, loader, config, held_out, world, autocast):
-    """Steps first .. config.steps - 1, with log, held-out losses, sheets and checkpoints; -> steps done."""
-    log = open_log(config.out, first) if world.main else None
-    bar = tqdm(total=config.steps, initial=first, desc=config.stage,
+def run(progress, net, model, optimizer, loader, config, held_out, world, autocast):
+    """The steps from progress.step to config.steps, or until told to stop, with log and checkpoints."""
+    log = Log(config, progress.step, world)
+    bar = tqdm(total=config.steps, initial=progress.step, desc=config.stage,
                disable=not world.main or not sys.stderr.isatty())
-    start, since, stop = time.time(), first, None
-    bad = skipped = torch.zeros((), dtype=torch.int64, device=world.device)       # steps: in a row, in all
-    for done in range(first + 1, config.steps + 1):
-        if stop is not None and stop.item():             # the last step's; by now it is known without waiting
-            if world.main:
-                save(config, model, optimizer, done - 1, best)
-            return done - 1
-        named, norm, stop = train_step(done - 1, net, optimizer, loader, config, model.config, world,
-                                       autocast)
-        bad, skipped = (bad + 1) * ~norm.isfinite(), skipped + ~norm.isfinite()
+    sums, start, since = 0, time.time(), progress.step
+    for step in range(progress.step, config.steps):
+        figures, progress.skipped, news = train_step(step, net, optimizer, loader, config, model.config,
+                                                     world, autocast, progress.skipped)
+        progress.step = step + 1
         bar.update()
-        if done % config.log_every == 0 or done == config.steps:
-            means = world.mean(torch.stack(list(named.values()))).tolist()
-            seconds = (time.time() - start) / (done - since)
-            report(dict(step=done, **dict(zip(named, means)), lr=learning_rate(done - 1, config),
-                        grad_norm=norm.item(), skipped=skipped.item(), ms=1000 * seconds,
-                        samples_per_s=config.batch / seconds), world, log)
-            start, since = time.time(), done
-            if bad.item() >= PATIENCE:
-                raise gr1.ModelError(f"no finite gradient in the last {bad.item()} steps, all skipped: try a "
-                                     f"smaller --lr; the last good checkpoint is in {config.out}")
-        if done % config.eval_every == 0 or done == config.steps:
-            best = watch(done, best, net, model, optimizer, config, held_out, world, autocast, log)
-            start, since = time.time(), done                 # the next line's ms leaves this out
+        good = progress.skipped[0] == 0
+        sums = sums + torch.cat([torch.stack([*figures.values()]).where(good, 0), good[None]])
+        if progress.step % config.log_every == 0 or progress.step == config.steps:
+            *means, count = world.mean(sums).tolist()
+            seconds = (time.time() - start) / (progress.step - since)
+            log(progress.step, **{name: x / count if count else math.nan for name, x in zip(figures, means)},
+                lr=learning_rate(step, config), skipped=progress.skipped[1].item(), ms=1000 * seconds,
+                samples_per_s=config.batch / seconds)
+            sums, start, since = 0, time.time(), progress.step
+        if progress.step % config.eval_every == 0 or progress.step == config.steps:
+            check_up(progress, net, model, optimizer, config, held_out, world, autocast, log)
+            start, since = time.time(), progress.step        # the next line's ms leaves this out
+        stop, bad = news()                                   # as all processes knew before this step
+        if bad >= PATIENCE:
+            last = f"step {progress.saved} is in {config.out}" if progress.saved else "there is none yet"
+            raise gr1.ModelError(f"no finite gradient in {bad:.0f} steps in a row, all skipped: try a "
+                                 f"smaller --lr; the last checkpoint: {last}")
+        if stop or STOP[0] and world.size == 1:
+            break
     bar.close()
-    return config.steps
+    if progress.saved != progress.step:
+        save(config, model, optimizer, progress, world)
 
 
-def watch(done, best, net, model, optimizer, config, held_out, world, autocast, log):
-    """Held-out losses, sheet and checkpoints after step `done`: -> the best weighted held-out loss so far."""
+def check_up(progress, net, model, optimizer, config, held_out, world, autocast, log):
+    """Held-out losses, a sheet of held-out frames, checkpoints."""
     figures, sheet = evaluate(net, model.config, *held_out, config, world, autocast)
-    report(dict(step=done, **figures), world, log)
-    parts = {name[4:]: value for name, value in figures.items() if not name.endswith("_ratio")}
-    loss = weighted(parts, config)
-    if world.main and loss < best:
-        save_model(os.path.join(config.out, "best"), config, model, done)
-    best = min(best, loss)
-    if world.main:
-        save(config, model, optimizer, done, best)
-        if sheet is not None:
-            Image.fromarray(sheet).save(os.path.join(config.out, f"{done:06d}.png"))
-    return best
-
-
-def open_log(out, first):
-    """log.jsonl, open for more; what a run that broke off had logged after step `first` is dropped."""
-    path = pathlib.Path(out, "log.jsonl")
-    lines = path.read_text().splitlines(True) if first and path.exists() else []
-    whole = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= first]
-    gr1.write_whole(str(path), lambda file: pathlib.Path(file).write_text("".join(whole)))
-    return open(path, "a")
-
-
-def report(line, world, log):
-    """Print one line of figures and add it to log.jsonl."""
-    if world.main:
-        short = lambda v: str(v) if isinstance(v, int) else f"{v:.4g}"
-        world.print("  ".join(f"{name} {short(value)}" for name, value in line.items()))
-        log.write(json.dumps(line) + "\n")
-        log.flush()
+    log(progress.step, **figures)
+    loss = weighted({name[4:]: x for name, x in figures.items() if not name.endswith("_ratio")}, config)
+    if loss < progress.best:
+        progress.best = loss
+        if world.main:
+            save_model(os.path.join(config.out, "best"), config, model, progress.step)
+    save(config, model, optimizer, progress, world)
+    if sheet is not None:
+        Image.fromarray(sheet).save(os.path.join(config.out, f"{progress.step:06d}.png"))
 
 
 def ask_to_stop(signum, frame):
-    """Handle Ctrl-C and SIGTERM: the run ends at the next step; asked twice, at once."""
-    STOP.set()
+    """Handle Ctrl-C and SIGTERM: the run ends after the step it is in; asked twice, at once."""
+    STOP[0] = True
     signal.signal(signum, signal.SIG_DFL)
+
+
+def train(config, changes, world):
+    """The whole run: data, model, steps."""
+    data, ids, *held_out = find_data(config, world)
+    if config.resume and not os.path.exists(os.path.join(config.out, "resume.pt")):
+        world.print(f"resume: no run in {config.out} yet, so this starts one")
+        config.resume = False
+    model = build(config, changes, world)
+    places = int(np.maximum(1, data.lengths[ids] - model.config.window + 1).sum())
+    config.steps, config.epochs = config.steps or math.ceil(config.epochs * places / config.batch), 0.0
+    if not config.resume:
+        make_room(config.out, world)
+    net, optimizer, autocast = equip(model, config, world)
+    progress = (load_resume(config, model, optimizer, world) if config.resume else
+                Progress(0, math.inf, torch.zeros(2, dtype=torch.int64, device=world.device)))
+    world.print(f"model: {json.dumps(dataclasses.asdict(model.config))}")
+    world.print(f"train: {json.dumps(dataclasses.asdict(config))}")
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    world.print(f"{parameters:,} trained parameters; {len(ids)} clips, {places:,} windows, "
+                f"{len(held_out[1])} clips held out; {config.steps} steps of {config.batch} windows "
+                f"({config.steps * config.batch / places:.1f} epochs); {world.size} x {world.device.type}, "
+                f"{precision(config, world)}")
+    windows = training_windows(data, ids, config, model.config)
+    if world.main and not progress.step:
+        sheet = draw_batch(windows[0, 0, world.size * config.accumulate], model.config)
+        Image.fromarray(sheet).save(os.path.join(config.out, "first_batch.png"))
+    loader = batches(windows, range(progress.step, config.steps), config.accumulate, world, config.workers)
+    model.train()
+    run(progress, net, model, optimizer, loader, config, held_out, world, autocast)
+    world.print(f"done: {config.out}/model.safetensors" if progress.step == config.steps else
+                f"stopped: after step {progress.step}, as asked; --resume goes on with {config.out}")
 
 
 def main():
     config, changes, mode = parse()
-    world = set_up()
-    if mode == "estimate":
-        return estimate(sys.argv[1:], world)
-    if mode == "bench":
-        return bench(config, changes, world)
     for signum in signal.SIGINT, signal.SIGTERM:
         signal.signal(signum, ask_to_stop)
-    data, ids, *held_out = find_data(config, world)
-    model = build(config, changes, world)
-    windows = int(np.maximum(1, data.lengths[ids] - model.config.window + 1).sum())
-    check_size(config, windows, world)
-    if not config.resume:
-        make_room(config.out, world)
-    net, optimizer, autocast = equip(model, config, world)
-    first, best = load_resume(config, model, optimizer, world) if config.resume else (0, math.inf)
-    world.print(f"model: {json.dumps(dataclasses.asdict(model.config))}")
-    world.print(f"train: {json.dumps(dataclasses.asdict(config))}")
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    world.print(f"{parameters:,} trained parameters; {len(ids)} clips, {windows:,} windows, "
-                f"{len(held_out[1])} clips held out; {config.steps} steps of {config.batch} windows "
-                f"({config.steps * config.batch / windows:.1f} epochs); {world.size} x {world.device.type}, "
-                f"{precision(config, world)}")
-    loader = batches(data, ids, model.config, config.batch, range(first, config.steps), config.accumulate,
-                     config, world, config.windows_per_clip)
-    model.train()
-    done = run(first, best, net, model, optimizer, loader, config, held_out, world, autocast)
-    world.print(f"done: {config.out}/model.safetensors" if done == config.steps else
-                f"stopped: after step {done}, as asked; --resume goes on with {config.out}")
+    world = set_up()
+    check_batch(config, world)
+    if mode == "estimate":
+        estimate(sys.argv[1:], world)
+    elif mode == "bench":
+        bench(config, changes, world)
+    else:
+        train(config, changes, world)
     if world.size > 1:
         dist.destroy_process_group()
 
 
+# What torch says where a user can do something about it: a word of its message, and what to say instead.
+EXPLAINED = {"Connection closed by peer": "another process of this run has ended, see above",
+             "Connection reset by peer": "another process of this run has ended, see above",
+             "DataLoader worker": "a loader process was killed: if its memory or a container's shared memory "
+                                  "(--shm-size) ran out, try fewer --workers or a smaller --batch",
+             "out of memory": "out of memory: --accumulate N passes need less, or take a smaller --batch"}
+
 if __name__ == "__main__":
     try:
         main()
-    except (clips.ClipsError, gr1.ModelError) as problem:
+    except (clips.ClipsError, gr1.ModelError, OSError, RuntimeError) as problem:
+        known = isinstance(problem, (clips.ClipsError, gr1.ModelError, OSError))
+        said = [str(problem).strip().splitlines()[-1]] if known else [
+            words for word, words in EXPLAINED.items() if word in str(problem)]
+        if not said:
+            raise
         if int(os.environ.get("RANK", 0)):
             time.sleep(5)                                # the first process says it, and torchrun ends all
-        sys.exit(f"error: {str(problem).strip().splitlines()[-1]}")    # the last line of a loader's traceback
+        sys.exit(f"error: {said[0]}")                    # the last line of a loader's traceback
