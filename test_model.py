@@ -828,6 +828,20 @@ def test_batch_is_a_function_of_the_step(tmp_path):
         assert torch.equal(torch.cat([part["frames"][c] for part in parts]), whole["frames"][c])
 
 
+def test_a_tenth_of_each_task(tmp_path):
+    """Catches a small data set that leaves a task out, or that another run would not get again."""
+    data = clips.Clips(make_data_set(tmp_path, lengths=[(3,) * 60]))
+    data.tasks = ["lift"] * 38 + ["push"] * 20 + ["turn"] * 2
+    counts = lambda *args: collections.Counter(data.tasks[i] for i in clips.share_of_tasks(data, *args))
+    assert counts(range(60), 0.1) == dict(lift=2, push=2, turn=2)
+    assert counts(range(60), 0.5) == dict(lift=10, push=10, turn=2)
+    assert counts(range(38), 0.1) == dict(lift=4) and len(clips.share_of_tasks(data, range(9), 1)) == 9
+    draw = lambda seed: clips.share_of_tasks(data, np.arange(60), 0.1, seed).tolist()
+    assert draw(0) == draw(0) != draw(1)
+    data.tasks = [f"task {i % 34}" for i in range(22_966)]                      # CALVIN ABCD's
+    assert set(counts(range(22_966), 0.1).values()) == {66}
+
+
 def test_split_is_by_episode(tmp_path):
     """Catches neighbours of training clips in the held-out set, which makes the validation loss a lie."""
     data = clips.Clips(make_data_set(tmp_path, lengths=[(3,) * 40]))
@@ -1784,6 +1798,43 @@ def test_benchmark_runs_and_compares_equals(capsys):
     assert all(float(line.split()[-1]) > 0 for line in lines[4:])         # lines[3]: may need no more memory
 
 
+def test_training_benchmark(capsys):
+    """Catches a benchmark that breaks, and one that forgets how many windows share a frame."""
+    rates = {}
+    for W in 1, 4:
+        flags = ["--batch", 8, "--windows-per-clip", W, "--model", *(f"{k}={v}" for k, v in SIZES.items())]
+        config, changes, mode = train.parse(["--bench", *map(str, flags)])
+        train.check_batch(config, train.World())
+        rate, text = train.bench(config, changes, train.World(), seconds=0.5), capsys.readouterr().out
+        numbers = dict(re.findall(r"^ *([a-z][^\n\d]*?)  +(\d+\.?\d*)", text, re.M))
+        assert mode == "bench" and abs(rate - float(numbers["windows a second"])) < 0.01
+        assert {"load", "transfer", "forward: image encoder", "backward", "optimizer"} < set(numbers), text
+        rates[W] = {name: float(value) for name, value in numbers.items()}
+    alone = [rates[W]["its JPEG decoder alone"] for W in (1, 4)]
+    assert 4 * 6 / 9 * 0.6 < alone[1] / alone[0] < 4 * 6 / 9 * 1.7          # 6 frames a window; 9 for four
+
+
+def test_figures_go_where_they_are_asked_for(tabletop_data, tmp_path, monkeypatch):
+    """Catches a package that is needed although nobody asked, and a traceback where it is missing."""
+    command = lambda *more: training("finetune", tabletop_data / "demonstrations", tmp_path / "out", *more)
+    wandb = mock.MagicMock(__spec__="here")
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    assert run(*command("--wandb"))[0] == 0
+    assert [call.kwargs["step"] for call in wandb.log.call_args_list] == [1, 2, 3, 3, 4, 5, 6, 6]
+    assert "val/arm" in wandb.log.call_args.args[0]
+    monkeypatch.delitem(sys.modules, "wandb")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert fails_in_one_line(*command("--tensorboard"), words=["--tensorboard", "pip install tensorboard"])
+
+
+def test_a_sentence_is_encoded_the_same_in_any_company():
+    """Catches a resumed run that differs in the last bits: the encoder's depend on how many come at once."""
+    encode = lambda group: [(item, len(group)) for item in group]
+    rows = lambda *items: dict(gr1.in_groups(encode, list(items), 4))
+    assert rows("a") | rows(*"bcdefg") == rows(*"abcdefg") == dict.fromkeys("abcdefg", 4)
+    assert list(gr1.in_groups(encode, [], 4)) == []
+
+
 def test_resume_equals_straight(tabletop_data, tmp_path, monkeypatch):
     """Catches a run that, after a power cut, sees other data or noise, or forgets optimizer or schedule."""
     command = lambda name, *more: training("finetune", tabletop_data / "demonstrations", tmp_path / name,
@@ -1810,48 +1861,110 @@ def test_resume_equals_straight(tabletop_data, tmp_path, monkeypatch):
     assert run(*command("moved"))[0] == 0 and (tmp_path / "moved.1/config.json").exists()   # not overwritten
 
 
+# Run by torchrun: a list of command lines of train.py, the last as by hand, on two cores whatever there is.
+COMMANDS = f"""
+import json, os, runpy, sys
+os.cpu_count = lambda: 2
+sys.path.insert(0, {str(ROOT)!r})
+import torch.distributed as dist, train
+world = train.set_up()
+dist.init_process_group = dist.destroy_process_group = lambda *_, **more: None      # one group for all
+*first, last = json.loads(sys.argv[1])
+for sys.argv in first:
+    try:
+        train.main()
+    except (train.clips.ClipsError, train.gr1.ModelError) as refused:
+        sys.stdout.write(f"refused: {{refused}}\\n")
+    world.barrier()                                           # so the other was told as well, or has done it
+sys.argv = last
+runpy.run_path(last[0], run_name="__main__")
+"""
+
+
+def torchrun(processes, *commands):
+    """Start command lines of `training` by torchrun, one after the other: Popen."""
+    commands = [[str(ROOT / command[0]), *map(str, command[1:])] for command in commands]
+    script = pathlib.Path(str(commands[0][commands[0].index("--out") + 1]) + ".py")
+    script.write_text(COMMANDS)
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "bin/torchrun"), "--standalone", "--nproc", str(processes), str(script),
+         json.dumps(commands)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
 def test_two_processes_equal_one(tabletop_data, tmp_path):
-    """Catches processes that see other data than one alone, gradients or losses averaged with wrong weights
-    (parts hold unlike numbers of targets), a surplus process that stops the rest.
+    """Catches processes or passes that see other data, or shift it otherwise, than one alone; gradients or
+    losses averaged with wrong weights (parts hold unlike numbers of targets); a surplus process that stops
+    the rest; a mistake that one process notices while the other waits for it.
     """
-    command = lambda name, *more: [str(word) for word in training(
-        "finetune", tabletop_data / "demonstrations", tmp_path / name, "--video-steps", 0, *more)]
-    two_cores = tmp_path / "train_on_two_cores.py"            # whatever this machine has
-    two_cores.write_text("import os, runpy, sys\nos.cpu_count = lambda: 2\n"
-                         f"sys.path.insert(0, {str(ROOT)!r})\n"
-                         f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n")
-    launch = [sys.executable, str(ROOT / "bin/torchrun"), "--standalone", "--nproc", "3", str(two_cores)]
-    done = subprocess.run([*launch, *command("two")[1:]], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert "3 started, 2 train" in done.stdout and "2 x cpu" in done.stdout
-    assert done.stdout.count("done:") == 1                    # one of them speaks
-    done = subprocess.run([*launch, *command("no", "--preset", "tinny")[1:]], capture_output=True, text=True)
-    assert done.returncode and "Traceback" not in done.stderr
-    assert done.stderr.count("did you mean 'tiny'?") == 1
-    assert run(*command("one"))[0] == 0 and run(*command("passes", "--accumulate", 2))[0] == 0
+    robot, strange, empty, cut = (tmp_path / name for name in ("robot", "strange", "empty", "cut"))
+    for directory in robot, strange, cut:
+        shutil.copytree(tabletop_data / "demonstrations", directory)
+    meta = (robot / "meta.json").read_text()
+    (strange / "meta.json").write_text(meta.replace('version": 1', 'version": 9'))
+    (cut / "00000.bin").write_bytes((cut / "00000.bin").read_bytes()[:-9])
+    empty.mkdir()
+    command = lambda name, *more, **model: training(
+        "finetune", robot, tmp_path / name, "--video-steps", 0, "--shift", 0.1, "--batch", 8,
+        "--windows-per-clip", 2, *more, **model)
+    refused = {"format version 9": ["--data", strange], "no meta.json": ["--data", empty],
+               "cut off or changed": ["--data", cut], "no actions": ["--data", tabletop_data / "videos"],
+               "multiple of 4": ["--batch", 2], "another shape": ["--init", tmp_path / "two"]}
+    process = torchrun(3, command("two", "--accumulate", 2),
+                       *(command("no", *flags, width=64) for flags in refused.values()),
+                       command("no", "--preset", "tinny"))
+    text, last = process.communicate(timeout=240)
+    assert "3 started, 2 train" in text and "2 x cpu" in text and text.count("done:") == 1, text + last
+    assert [text.count(words) for words in refused] == [2] * len(refused), text
+    assert process.returncode and "Traceback" not in last and last.count("did you mean 'tiny'?") == 1
+    assert run(*command("one"))[0] == 0
     for key in "arm", "gripper", "rgb_static", "val/arm", "val/rgb_gripper", "grad_norm":
-        one, *others = (read_log(tmp_path / name, key) for name in ("one", "two", "passes"))
-        assert one and all(abs(other[step] - one[step]) < 1e-4 * one[step] + 1e-5
-                           for other in others for step in one), (key, one, others)
+        one, two = (read_log(tmp_path / name, key) for name in ("one", "two"))
+        assert one and all(abs(two[step] - one[step]) < 1e-4 * one[step] + 1e-5 for step in one), (one, two)
     assert gr1.GR1.from_pretrained(tmp_path / "two").config.width == SIZES["width"]
 
 
-def test_a_run_that_is_told_to_stop_goes_on_later(tabletop_data, tmp_path):
+def test_two_processes_that_are_told_to_stop(tabletop_data, tmp_path):
+    """Catches a SIGTERM by which torchrun kills loader workers, loses steps or ends in failure; a resumed run
+    that ends elsewhere; a broken file that one process meets while the other waits for it.
+    """
+    broken = tmp_path / "broken"
+    shutil.copytree(tabletop_data / "demonstrations", broken)
+    for shard in broken.glob("*.bin"):
+        shard.write_bytes(b"\0" * shard.stat().st_size)
+    flags = ["--steps", 40, "--eval-every", 40, "--workers", 1]
+    command = lambda name, *more, data=tabletop_data / "demonstrations": training(
+        "finetune", data, tmp_path / name, *flags, *more, dropout=0.1)
+    told = torchrun(2, command("told"))
+    try:
+        assert any("step 2  arm" in line for line in told.stdout)
+        told.send_signal(signal.SIGTERM)
+        text, errors = told.communicate(timeout=120)
+    finally:
+        told.kill()
+    assert told.returncode == 0 and "stopped: after step" in text and "Traceback" not in errors, text + errors
+    later = torchrun(2, command("straight"), command("told", "--resume"), command("no", data=broken))
+    text, errors = later.communicate(timeout=240)
+    straight, resumed = (gr1.read_weights(tmp_path / x / "model.safetensors") for x in ("straight", "told"))
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight | resumed), text + errors
+    assert later.returncode and "JPEG is broken" in errors and "Traceback" not in errors, errors
+
+
+def test_a_run_that_is_told_to_stop_goes_on_later(tabletop_data, tmp_path, monkeypatch):
     """Catches a SIGTERM that loses steps or ends in failure; a resumed run that ends elsewhere."""
-    command = lambda name, *more: [str(word) for word in training(
-        "finetune", tabletop_data / "demonstrations", tmp_path / name, *more)]
+    command = lambda name, *more: training("finetune", tabletop_data / "demonstrations", tmp_path / name,
+                                           *more)
     assert run(*command("straight"))[0] == 0
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *command("told")[1:]],
-                               stdout=subprocess.PIPE, text=True)
-    assert any("step 2  arm" in line for line in process.stdout)
-    process.send_signal(signal.SIGTERM)
-    rest = process.communicate(timeout=120)[0]
-    assert process.returncode == 0 and "stopped: after step" in rest and "done:" not in rest
+    read = clips.Windows.__getitem__
+    with monkeypatch.context() as patch:
+        patch.setattr(clips.Windows, "__getitem__", lambda *at: (
+            at[1][0] == 3 and os.kill(os.getpid(), signal.SIGTERM), read(*at))[1])
+        status, text = run(*command("told"))
+    assert status == 0 and "stopped: after step 4" in text and "done:" not in text, text
     assert run(*command("told", "--resume"))[0] == 0
     straight, told = (gr1.read_weights(tmp_path / x / "model.safetensors") for x in ("straight", "told"))
     assert all(torch.equal(straight[name], told[name]) for name in straight | told)
-    steps = [json.loads(line)["step"] for line in (tmp_path / "told/log.jsonl").read_text().splitlines()]
-    assert steps == sorted(steps) and steps.count(4) == 1
+    for key in "arm", "val/arm":
+        assert read_log(tmp_path / "told", key) == read_log(tmp_path / "straight", key)
 
 
 def test_steps_without_finite_gradients_are_skipped(tabletop_data, tmp_path, monkeypatch):
@@ -1901,6 +2014,10 @@ def test_schedule_and_the_papers_settings():
         config, *_ = train.parse(["--preset", "gr1", "--stage", stage])
         assert (config.batch, config.lr, config.epochs, config.warmup) == expected
         assert (config.arm_weight, config.gripper_weight, config.video_weight) == (100, 1, 1)
+    config, *_ = train.parse("--preset real".split())
+    assert (config.batch, config.lr, config.epochs, config.warmup) == (64, 1e-3, 30, 1 / 30)
+    config, changes, _ = train.parse("--preset gr1 --future-step 5".split())
+    assert changes == dict(future=5) and gr1.preset_config("gr1", **changes).future == 5
     config, changes, _ = train.parse("--preset gr1 --steps 7 --lr 0.5 --chunk 10 --no-video".split())
     assert (config.steps, config.epochs, config.lr, changes) == (7, 0, 0.5, dict(chunk=10, video=False))
 
@@ -1959,6 +2076,7 @@ def test_commands_say_what_is_wrong(tabletop_data, checkpoints, tmp_path):
             ([*start, 'cameras={"rgb_tactile":32}'], ["rgb_tactile", "rgb_static"]),
             ([*start, "--batch", 5, "--accumulate", 2], ["--batch 5", "multiple of 2"]),
             ([*start, "--log-every", 0], ["--log-every", "0"]),
+            ([*start, "--data-fraction", 1.5], ["--data-fraction", "1.5"]),
             ([*start, "--precision", "fp17"], ["fp17", "bf16"]),
             ([*start, "width=64", "--init", checkpoints / "pretrain"], ["another shape", "pretrain"]),
             ([*start, "--init", video], ["videos", "no such file"]),

@@ -467,7 +467,8 @@ def equip(model, config, world):
             part.compile()
     net = model
     if world.size > 1:
-        net = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+        net = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        net.broadcast_buffers = False                    # they are constant tables
     return net, optimizer, torch.autocast(world.device.type, torch.bfloat16) if bf16 else nullcontext()
 
 
@@ -544,7 +545,7 @@ def synthesise(folder, cameras, robot, clip_count=8, length=64):
     return clips.Clips(folder)
 
 
-def rates(calls, seconds=2, rounds=3):
+def rates(calls, seconds, rounds=3):
     """How much a second each call does, which returns how much it did. They are called in turn, and the best
     of the rounds counts: the machine's mood changes.
     """
@@ -557,7 +558,7 @@ def rates(calls, seconds=2, rounds=3):
     return best
 
 
-def bench_loader(data, config, model_config):
+def bench_loader(data, config, model_config, seconds):
     """Windows a second that reach the model, on one core and with two workers; what decoding alone gives."""
     shard, content = clips.load_shard(data.directory, 0), (data.directory / "00000.bin").read_bytes()
     jpegs = [content[a:b] for a, b in itertools.pairwise(shard["offsets"][:400 * len(data.cameras) + 1])]
@@ -573,13 +574,13 @@ def bench_loader(data, config, model_config):
             simplejpeg.decode_jpeg(jpeg, "RGB")
         return len(jpegs) / frames
 
-    alone, loaded = rates([decode, lambda: take(one)])
+    alone, loaded = rates([decode, lambda: take(one)], seconds)
     for _ in range(4):
         take(two)                                        # what lay ready
-    return alone, loaded, rates([lambda: take(two)])[0]
+    return alone, loaded, rates([lambda: take(two)], seconds)[0]
 
 
-def bench_parts(model, loader, config, device, seconds=5):
+def bench_parts(model, loader, config, device, seconds):
     """Milliseconds of a step by what they are spent on; FLOPs of all its matrix products, and of the trained.
 
     Not compiled, not overlapping, not averaged over processes: a step of `train_step` takes less.
@@ -633,10 +634,10 @@ def bench(config, changes, world, seconds=10):
         sizes = {camera: {"rgb_static": 200, "rgb_gripper": 84}[camera] for camera in sizes}
     with tempfile.TemporaryDirectory() as folder:
         data = synthesise(folder, sizes, model.config.robot)
-        alone, loaded, by_two = bench_loader(data, config, model.config)
+        alone, loaded, by_two = bench_loader(data, config, model.config, seconds / 5)
         windows = training_windows(data, np.arange(len(data)), config, model.config)
         loader = batches(windows, range(10 ** 6), config.accumulate, world, config.workers)
-        table, flops, trained = bench_parts(model, loader, config, device)
+        table, flops, trained = bench_parts(model, loader, config, device, seconds / 2)
         net, optimizer, autocast = equip(model, config, world)
         skipped = torch.zeros(2, dtype=torch.int64, device=device)
 
@@ -907,5 +908,6 @@ if __name__ == "__main__":
         if not said:
             raise
         if int(os.environ.get("RANK", 0)):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)                                # the first process says it, and torchrun ends all
         sys.exit(f"error: {said[0]}")                    # the last line of a loader's traceback
