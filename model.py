@@ -271,7 +271,11 @@ def mlp(width, activation, bias=True, inner=4):
 # ------------------------------------------------------------------------------------------ resampler
 
 class ResamplerLayer(nn.Module):
-    """Latents look at patches and at themselves (Flamingo's Perceiver resampler, flamingo_pytorch)."""
+    """Latents look at patches and at themselves (Flamingo's Perceiver resampler, flamingo_pytorch).
+
+    Keys and values are never computed: q . (K x) is (K^T q) . x, and a mean of all V x is V times that of all
+    x. With 36 such queries (heads x latents) for 205 tokens that takes a ninth of the multiplications.
+    """
 
     def __init__(self, width, heads, head_dim):
         super().__init__()
@@ -284,8 +288,13 @@ class ResamplerLayer(nn.Module):
 
     def forward(self, latents, patches):
         h = self.norm_latents(latents)
-        k, v = self.kv(torch.cat([self.norm_patches(patches), h], 1)).chunk(2, -1)
-        latents = latents + self.proj(attend(self.q(h), k, v, self.heads))
+        seen = torch.cat([self.norm_patches(patches), h], 1)                             # (N, P + L, Dv)
+        k, v = self.kv.weight.unflatten(0, (2, self.heads, -1))                          # (heads, e, Dv) each
+        q = self.q(h).unflatten(-1, (self.heads, -1))                                    # (N, L, heads, e)
+        q = torch.einsum("nlhe,hed->nhld", q, k).flatten(1, 2)                           # (N, heads * L, Dv)
+        x = F.scaled_dot_product_attention(q, seen, seen, scale=k.shape[1] ** -0.5)
+        x = torch.einsum("nhld,hed->nlhe", x.unflatten(1, (self.heads, -1)), v)
+        latents = latents + self.proj(x.flatten(2))
         return latents + self.mlp(self.norm_mlp(latents))
 
 
