@@ -260,8 +260,7 @@ def find_data(config, world):
             world.print(f"  making them once: python tabletop.py --make {kind} --out {path}")
             if subprocess.run([sys.executable, str(script), "--make", kind, "--out", path]).returncode:
                 raise clips.ClipsError("tabletop.py could not make its clips, see above")
-        while not os.path.exists(f"{path}/meta.json") and not STOP[0]:
-            time.sleep(1)                                # until the first process has made them
+        world.barrier()
     training, validation = clips.open_data(path)
     if config.stage == "finetune" and not training.has_actions:
         raise clips.ClipsError(f"{path} has no actions (source: {training.meta['source']}): finetuning needs "
@@ -719,7 +718,8 @@ class Log:
 
     def __init__(self, config, first, world):
         """What a run that broke off had logged after step `first` is dropped."""
-        self.world, self.others, path = world, [], pathlib.Path(config.out, "log.jsonl")
+        self.world, self.file, self.others = world, None, []
+        path = pathlib.Path(config.out, "log.jsonl")
         if not world.main:
             return
         lines = path.read_text().splitlines(True) if first and path.exists() else []
@@ -745,6 +745,10 @@ class Log:
             self.file.flush()
             for send in self.others:
                 send(step, {k: v for k, v in figures.items() if v is not None})
+
+    def close(self):
+        if self.file:
+            self.file.close()
 
 
 def check_batch(config, world):
@@ -819,6 +823,7 @@ def run(progress, net, model, optimizer, loader, config, held_out, world, autoca
         if stop or STOP[0] and world.size == 1:
             break
     bar.close()
+    log.close()
     if progress.saved != progress.step:
         save(config, model, optimizer, progress, world)
 
