@@ -37,6 +37,7 @@ import torch
 import torch.nn as nn
 from PIL import Image
 
+import bench
 import clips
 import eval_calvin
 import model as gr1
@@ -1799,20 +1800,24 @@ def test_benchmark_runs_and_compares_equals(capsys):
 
 
 def test_training_benchmark(capsys):
-    """Catches a benchmark that breaks, and one that forgets how many windows share a frame."""
-    rates = {}
-    for W in 1, 4:
-        flags = ["--batch", 8, "--windows-per-clip", W, "--model", *(f"{k}={v}" for k, v in SIZES.items())]
-        config, changes, mode = train.parse(["--bench", *map(str, flags)])
-        train.check_batch(config, train.World())
-        rate, text = train.bench(config, changes, train.World(), seconds=0.5), capsys.readouterr().out
+    """Catches a benchmark that breaks, and one that forgets how many windows share a frame, or that a step
+    has several passes.
+    """
+    alone, flops = [], []
+    for flags in [], ["--windows-per-clip", 4], ["--accumulate", 2]:
+        argv = ["--bench", "--batch", 8, *flags, "--model", *(f"{k}={v}" for k, v in SIZES.items())]
+        with mock.patch.object(bench, "report", wraps=bench.report) as report:
+            rate, text = bench.bench([*map(str, argv)], train.World(), seconds=0.3), capsys.readouterr().out
         numbers = dict(re.findall(r"^ *([a-z][^\n\d]*?)  +(\d+\.?\d*)", text, re.M))
-        assert mode == "bench" and abs(rate - float(numbers["windows a second"])) < 0.01
+        assert abs(rate - float(numbers["windows a second"])) < 0.01
         assert {"load", "transfer", "forward: image encoder", "backward", "optimizer"} < set(numbers), text
-        rates[W] = {name: float(value) for name, value in numbers.items()}
-    alone = [rates[W]["its JPEG decoder alone"] for W in (1, 4)]
+        alone.append(float(numbers["its JPEG decoder alone"]))
+        flops.append(report.call_args.args[5])
     assert 4 * 6 / 9 * 0.6 < alone[1] / alone[0] < 4 * 6 / 9 * 1.7          # 6 frames a window; 9 for four
 
+    assert abs(flops[2][0] / flops[0][0] - 1) < 0.01 < abs(flops[1][0] / flops[0][0] - 1)
+    batch = lambda *flags: bench.settings(["--preset", "gr1", *flags], train.World())[0].batch
+    assert (batch(), batch("--windows-per-clip", "10"), batch("--batch=512")) == (2, 10, 512)
 
 def test_figures_go_where_they_are_asked_for(tabletop_data, tmp_path, monkeypatch):
     """Catches a package that is needed although nobody asked, and a traceback where it is missing."""
@@ -1862,6 +1867,16 @@ def test_resume_equals_straight(tabletop_data, tmp_path, monkeypatch):
 
 
 # Run by torchrun: a list of command lines of train.py, the last as by hand, on two cores whatever there is.
+def test_all_machines_resume_or_none(tmp_path):
+    """Catches machines without a common disk, of which one goes on and the others start anew beside it."""
+    config, world = train.TrainConfig(out=str(tmp_path)), train.World()
+    assert not train.can_resume(config, world)
+    (tmp_path / "resume.pt").touch()
+    assert train.can_resume(config, world)
+    world.mean = lambda tensor: tensor / 2               # the other of two has none
+    assert refused("a disk they share", train.can_resume, config, world)
+
+
 COMMANDS = f"""
 import json, os, runpy, sys
 os.cpu_count = lambda: 2
@@ -2075,6 +2090,8 @@ def test_commands_say_what_is_wrong(tabletop_data, checkpoints, tmp_path):
             ([*start, 'cameras={"rgb_static":33}'], ["rgb_static", "33"]),
             ([*start, 'cameras={"rgb_tactile":32}'], ["rgb_tactile", "rgb_static"]),
             ([*start, "--batch", 5, "--accumulate", 2], ["--batch 5", "multiple of 2"]),
+    for half, data in ("training", robot), ("validation", video):
+        shutil.copytree(data, tmp_path / "halves" / half)
             ([*start, "--log-every", 0], ["--log-every", "0"]),
             ([*start, "--data-fraction", 1.5], ["--data-fraction", "1.5"]),
             ([*start, "--precision", "fp17"], ["fp17", "bf16"]),
@@ -2085,6 +2102,7 @@ def test_commands_say_what_is_wrong(tabletop_data, checkpoints, tmp_path):
             (["tabletop.py", "--scenes", "AX"], ["--scenes", "ABCD"]),
             ([*judge, "--policy", "noop", "--episodes", 0], ["nothing to play"]),
             ([*judge, "--workers", 0], ["--workers", "1 or more"]),
+            (training("finetune", tmp_path / "halves", out), ["halves/validation", "no actions"]),
             ([*judge, "--seed", -1], ["--seed", "0 or more"]),
             ([*look, "--instruction", " "], ["instruction", "empty"]),
             ([*judge, "--checkpoint", tmp_path / "nowhere"], ["nowhere", "train.py"]),
@@ -2099,6 +2117,8 @@ def test_commands_say_what_is_wrong(tabletop_data, checkpoints, tmp_path):
 def readme_problems(text):
     """Flags that a command's script lacks, files that aren't there, lines that moved: -> list."""
     found, text = [], text.replace("\\\n", " ")
+            ([*start, "--epochs", -1], ["--epochs", "at least 0"]),
+            ([*start, "--bench", "--estimate"], ["--bench", "--estimate"]),
     for script, flags in re.findall(r"\b(\w+\.py)\b((?: +[^\s`#|&;]+)+)", text):
         if (ROOT / script).exists() and not script.startswith("test_"):
             known = re.findall(r"--[a-z][\w-]*", run(script, "--help")[1])

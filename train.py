@@ -10,7 +10,7 @@ Reads packed clips (clips.py); without --data it lets tabletop.py make them unde
 --out (default out/STAGE): model.safetensors + config.json (the model), resume.pt (all that --resume needs),
 log.jsonl (every logged line), first_batch.png (what the model is shown), sheets STEP.png (held-out frames:
 now / predicted / true) and best/ (the model with the least held-out loss). After Ctrl-C or SIGTERM it does
-the step to its end, saves all and exits with status 0.
+the step to its end, saves all and exits with status 0. --bench and --estimate are in bench.py.
 
 Logged: arm, gripper and one video loss a camera, unweighted, and the gradient's norm, each a mean over all
 processes and over the steps since the last line; skipped: steps without a finite gradient, so far;
@@ -20,7 +20,6 @@ present one, in patches that change.
 import argparse
 import dataclasses
 import importlib.util
-import itertools
 import json
 import math
 import os
@@ -30,19 +29,16 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
-import simplejpeg
 import torch
 import torch.distributed as dist
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import clips
@@ -112,14 +108,19 @@ PRESETS = {
 }
 PRESETS["real", "pretrain"] = PRESETS["gr1", "pretrain"]         # paper, real robot: batch and epochs differ
 PRESETS["real", "finetune"] = PRESETS["gr1", "finetune"] | dict(batch=64, epochs=30, warmup=1 / 30)
-UNSET = dict(fresh="", batch=0, lr=0.0, steps=0, epochs=0.0, warmup=0.0, beta2=0.0, weight_decay=-1.0,
-             shift=-1.0, video_steps=-1, video_weight=-1.0)
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "V100": 125e12}     # dense bf16 (V100: fp16)
 PATIENCE = 10                    # steps in a row whose gradients may be infinite
 STOP = [False]                   # set by Ctrl-C and SIGTERM
 # Model settings worth a flag of their own; --model KEY=VALUE reaches the others (see model.GR1Config).
-MODEL_FLAGS = {"window": "window", "future_step": "future", "chunk": "chunk"}
-LEAST = dict(accumulate=1, windows_per_clip=1, log_every=1, eval_every=1, eval_batches=1, batch=1, steps=0)
+MODEL_FLAGS = {
+    "--window": ("window", dict(type=int, help="timesteps that the model sees")),
+    "--future-step": ("future", dict(type=int, help="so many frames ahead is foreseen")),
+    "--chunk": ("chunk", dict(type=int, help="so many actions are predicted at each timestep")),
+    "--no-video": ("video", dict(action="store_false", help="the paper's ablation without [OBS]")),
+    "--no-norm-pix": ("norm_pixels", dict(action="store_false", help="plain, not patch-normalised pixels")),
+    "--action-activation": ("action_activation", dict(action="store_true", help="ReLU in the action head")),
+}
+LEAST = dict(accumulate=1, windows_per_clip=1, log_every=1, eval_every=1, eval_batches=1, batch=1, steps=0,
+             epochs=0)
 
 
 def parse(argv=None):
@@ -138,28 +139,19 @@ def parse(argv=None):
                            compile=["auto", "on", "off"]).get(f.name)
             short = dict(vision_weights=["--mae"], text_weights=["--clip"]).get(f.name, [])
             parser.add_argument(flag, *short, type=f.type, default=f.default, choices=choices, help=about)
-    for name in MODEL_FLAGS:
-        parser.add_argument("--" + name.replace("_", "-"), type=int, help="model setting; else the preset's")
-    parser.add_argument("--no-video", action="store_true", help="the paper's ablation without [OBS]")
-    parser.add_argument("--no-norm-pix", action="store_true",
-                        help="predict plain, not patch-normalised pixels")
-    parser.add_argument("--action-activation", action="store_true", help="ReLU in the action head")
-    parser.add_argument("--bench", action="store_true",
-                        help="time a step of random weights on synthetic clips, by parts, and end")
-    parser.add_argument("--estimate", action="store_true",
-                        help="likewise, for both stages, with what the paper's runs would take here")
+    for flag, (key, options) in MODEL_FLAGS.items():
+        parser.add_argument(flag, dest=key, default=argparse.SUPPRESS, **options)
     parser.add_argument("--model", nargs="*", default=[], metavar="KEY=VALUE",
                         help="other settings of model.GR1Config")
+    parser.set_defaults(mode="train")
+    measure = parser.add_mutually_exclusive_group()
+    for mode, about in (("bench", "time a step of random weights on synthetic clips, by parts, and end"),
+                        ("estimate", "likewise for both stages: what the paper's runs would take here")):
+        measure.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode, help=about)
     args = vars(parser.parse_args(argv))
-    changes = {key: args.pop(name) for name, key in MODEL_FLAGS.items()}
-    changes = {k: v for k, v in changes.items() if v is not None}
-    if args["no_video"] and args["stage"] == "pretrain":
+    mode, changes = args.pop("mode"), {key: args.pop(key) for key, _ in MODEL_FLAGS.values() if key in args}
+    if args["stage"] == "pretrain" and not changes.get("video", True):
         parser.error("--no-video leaves nothing to pre-train: [OBS] is its only question")
-    changes |= {"video": False} if args.pop("no_video") else {}
-    changes |= {"norm_pixels": False} if args.pop("no_norm_pix") else {}
-    changes |= {"action_activation": True} if args.pop("action_activation") else {}
-    mode = next((mode for mode in ("bench", "estimate") if args[mode]), "train")
-    del args["bench"], args["estimate"]
     for pair in args.pop("model"):
         key, _, value = pair.partition("=")
         try:
@@ -169,8 +161,8 @@ def parse(argv=None):
     config = TrainConfig(**args)
     gr1.preset_config(config.preset, config.stage, **changes)        # names a misspelt preset or key early
     for key, value in PRESETS[config.preset, config.stage].items():
-        if getattr(config, key) == UNSET[key] and not (
-                key in ("steps", "epochs") and (config.steps or config.epochs)):
+        chosen = config.steps or config.epochs if key in ("steps", "epochs") else False
+        if getattr(config, key) == getattr(TrainConfig, key) and not chosen:
             setattr(config, key, value)
     for key, least in LEAST.items():
         if getattr(config, key) < least:
@@ -262,9 +254,10 @@ def find_data(config, world):
                 raise clips.ClipsError("tabletop.py could not make its clips, see above")
         world.barrier()
     training, validation = clips.open_data(path)
-    if config.stage == "finetune" and not training.has_actions:
-        raise clips.ClipsError(f"{path} has no actions (source: {training.meta['source']}): finetuning needs "
-                               "robot demonstrations; use it with --stage pretrain")
+    for data in (training, validation) if validation else (training,):
+        if config.stage == "finetune" and not data.has_actions:
+            raise clips.ClipsError(f"{data.directory} has no actions (source: {data.meta['source']}): "
+                                   "finetuning needs robot demonstrations; use it with --stage pretrain")
     ids, held_out = clips.split(training, 0 if validation else config.held_out)
     ids = clips.share_of_tasks(training, ids, config.data_fraction, config.seed)
     if validation:
@@ -282,11 +275,17 @@ def training_windows(data, ids, config, model_config):
                    shift=config.shift, foresee=config.video_steps if model_config.video else 0)
 
 
+def held_out_windows(data, ids, config, model_config, world):
+    """At most 64 at once, single ones, not shifted, that foresee at all steps."""
+    size = max(1, min(64, config.batch) // world.size) * world.size
+    return windows(data, ids, size, config, model_config)
+
+
 def batches(windows, steps, passes, world, workers):
     """An iterator over this process' parts, `passes` a step, of the batches windows[step]. What a batch holds
     depends on its number alone, not on how many processes and passes share it.
     """
-    parts = [(step, world.rank * passes + i, world.size * passes) for step in steps for i in range(passes)]
+    parts = ((step, world.rank * passes + i, world.size * passes) for step in steps for i in range(passes))
     gpu = world.device.type == "cuda"
     workers = workers if workers >= 0 else 4 * gpu
     return iter(DataLoader(windows, batch_size=None, sampler=parts, num_workers=workers, pin_memory=gpu,
@@ -328,15 +327,13 @@ def weighted(named, config):
 
 
 @torch.no_grad()
-def evaluate(net, model_config, data, ids, config, world, autocast):
+def evaluate(learner, windows, config, world):
     """Mean losses on held-out windows, always the same: {name: float}; a sheet, uint8 (H, W, 3), or None."""
-    net.eval()
-    size = max(1, min(64, config.batch) // world.size) * world.size
+    net, model_config = learner.net.eval(), learner.model.config
     sums, video, sheet = {}, torch.zeros(len(model_config.cameras), 2, device=world.device), None
-    part = windows(data, ids, size, config, model_config)
-    for batch in batches(part, range(config.eval_batches), 1, world, config.workers):
+    for batch in batches(windows, range(config.eval_batches), 1, world, config.workers):
         batch = to_device(batch, world.device)
-        with autocast:
+        with learner.autocast:
             pixels = see(batch, model_config)
             out = predict(net, model_config, batch, pixels)
         counts = world.mean(gr1.count_targets(batch))
@@ -397,7 +394,7 @@ def build(config, changes, world):
         start_from(state, init, model, config, world)
     elif not config.resume:                              # its weights are in resume.pt
         world.print("init: fresh weights (--init CHECKPOINT starts from another run's)")
-    return model.to(world.device)
+    return model
 
 
 def start_from(state, init, model, config, world):
@@ -431,14 +428,16 @@ def save_model(out, config, model, step):
     gr1.save_checkpoint(out, model, **info)
 
 
-def save(config, model, optimizer, progress, world):
+def save(config, learner, progress, world):
     """Write the model for others, then resume.pt for this run. Random numbers need no keeping: a step's
     depend on seed and step alone (dropout's on the rank too), and so do its data.
     """
     if world.main:
+        model = learner.model
         save_model(config.out, config, model, progress.step)
         state = dict(step=progress.step, best=progress.best, skipped=progress.skipped.tolist(),
-                     processes=world.size, model=model.trained_state(), optimizer=optimizer.state_dict(),
+                     processes=world.size, model=model.trained_state(),
+                     optimizer=learner.optimizer.state_dict(),
                      config=dataclasses.asdict(config) | dataclasses.asdict(model.config))
         gr1.write_whole(os.path.join(config.out, "resume.pt"), lambda file: torch.save(state, file))
     progress.saved = progress.step
@@ -450,9 +449,20 @@ def precision(config, world):
     return auto if config.precision == "auto" else config.precision
 
 
+@dataclass
+class Learner:
+    """A model and what it takes to train it."""
+    model: gr1.GR1
+    net: torch.nn.Module           # what is called: the model, or DDP around it
+    parameters: list               # those that are trained
+    optimizer: torch.optim.Optimizer
+    autocast: AbstractContextManager
+
+
 def equip(model, config, world):
-    """What it takes to train: -> (model to call, optimizer, autocast)."""
+    """Ready a model for training on its device: -> Learner."""
     gpu, bf16 = world.device.type == "cuda", precision(config, world) == "bf16"
+    model.to(world.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, config.lr, (0.9, config.beta2),
                                   weight_decay=config.weight_decay, fused=True)
@@ -468,10 +478,22 @@ def equip(model, config, world):
     if world.size > 1:
         net = DistributedDataParallel(model, gradient_as_bucket_view=True)
         net.broadcast_buffers = False                    # they are constant tables
-    return net, optimizer, torch.autocast(world.device.type, torch.bfloat16) if bf16 else nullcontext()
+    autocast = torch.autocast(world.device.type, torch.bfloat16) if bf16 else nullcontext()
+    return Learner(model, net, parameters, optimizer, autocast)
 
 
-def load_resume(config, model, optimizer, world):
+def can_resume(config, world):
+    """Is there a run in --out? All machines must agree, or they would train different ones together."""
+    path = os.path.join(config.out, "resume.pt")
+    share = world.mean(torch.tensor(float(os.path.exists(path)), device=world.device)).item()
+    if 0 < share < 1:
+        raise gr1.ModelError(f"--resume: not all machines see {path}: --out must be on a disk they share")
+    if not share:
+        world.print(f"resume: no run in {config.out} yet, so this starts one")
+    return share == 1
+
+
+def load_resume(config, learner, world):
     """Load resume.pt: -> Progress. The settings must be those that the run began with."""
     path = os.path.join(config.out, "resume.pt")
     try:
@@ -482,13 +504,13 @@ def load_resume(config, model, optimizer, world):
                              f"anew, with --init {config.out} to keep its weights") from error
     free = {"resume", "out", "init", "fresh", "workers", "log_every", "eval_every", "eval_batches", "compile",
             "wandb", "tensorboard"}
-    now = dataclasses.asdict(config) | dataclasses.asdict(model.config)
+    now = dataclasses.asdict(config) | dataclasses.asdict(learner.model.config)
     for key, value in state["config"].items():
         if key not in free and now.get(key) != value:
             raise gr1.ModelError(f"{config.out} was started with {key} {value}, not {now.get(key)}: "
                                  "give the same, or another --out")
-    model.load_trained(state["model"], path)
-    optimizer.load_state_dict(state["optimizer"])
+    learner.model.load_trained(state["model"], path)
+    learner.optimizer.load_state_dict(state["optimizer"])
     world.print(f"resume: {config.out} at step {step}" + (
         f"; {processes} processes trained it, now {world.size}: its batches stay the same, but dropout and "
         "the last bits of sums differ" if processes != world.size else ""))
@@ -507,183 +529,6 @@ def make_room(out, world):
                     "(--resume would have gone on with it)")
     os.makedirs(out, exist_ok=True)
     world.barrier()
-
-
-# ---------------------------------------------------------------------------------------------- benchmark
-# It stays in this file because it times this file's own train_step.
-
-
-class Stopwatch:
-    """Seconds by what they were spent on; waits for the device at each lap."""
-
-    def __init__(self, device):
-        self.device, self.spent, self.last = device, {}, time.perf_counter()
-
-    def lap(self, name):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.spent[name] = self.spent.get(name, 0) + now - self.last
-        self.last = now
-
-
-def synthesise(folder, cameras, robot, clip_count=8, length=64):
-    """Write clips of drifting colour fields, which a JPEG holds about as well as a photograph."""
-    rng = np.random.default_rng(0)
-    with clips.ShardWriter(folder, 0, list(cameras)) as shard:
-        for i in range(clip_count):
-            frames = {}
-            for name, side in cameras.items():
-                field = rng.integers(0, 256, (length + 40, 40, 3), np.uint8)
-                images = (Image.fromarray(field[t:t + 40]).resize((side, side), 2) for t in range(length))
-                frames[name] = np.stack([np.array(image) for image in images])
-            rows = dict(robot_obs=rng.normal(size=(length, 15)).astype(np.float32),
-                        rel_actions=rng.uniform(-1, 1, (length, 7)).astype(np.float32)) if robot else {}
-            shard.add(frames, f"clip {i}", episode=i, **rows)
-    clips.write_meta(folder, "synthetic", 30, "train.py --bench")
-    return clips.Clips(folder)
-
-
-def rates(calls, seconds, rounds=3):
-    """How much a second each call does, which returns how much it did. They are called in turn, and the best
-    of the rounds counts: the machine's mood changes.
-    """
-    best = [0.0 for _ in calls]
-    for _, (i, call) in itertools.product(range(rounds), enumerate(calls)):
-        start, done = time.perf_counter(), 0
-        while time.perf_counter() - start < seconds / rounds:
-            done += call()
-        best[i] = max(best[i], done / (time.perf_counter() - start))
-    return best
-
-
-def bench_loader(data, config, model_config, seconds):
-    """Windows a second that reach the model, on one core and with two workers; what decoding alone gives."""
-    shard, content = clips.load_shard(data.directory, 0), (data.directory / "00000.bin").read_bytes()
-    jpegs = [content[a:b] for a, b in itertools.pairwise(shard["offsets"][:400 * len(data.cameras) + 1])]
-    run = model_config.window + config.windows_per_clip - 1 + model_config.future
-    frames = run * len(data.cameras) / config.windows_per_clip                 # that are decoded for a window
-    some = dataclasses.replace(config, batch=8 * config.windows_per_clip)
-    windows = training_windows(data, np.arange(len(data)), some, model_config)
-    one, two = (batches(windows, range(1_000_000), 1, World(), workers) for workers in (0, 2))
-    take = lambda loader: len(next(loader)["sentences"])
-
-    def decode():
-        for jpeg in jpegs:
-            simplejpeg.decode_jpeg(jpeg, "RGB")
-        return len(jpegs) / frames
-
-    alone, loaded = rates([decode, lambda: take(one)], seconds)
-    for _ in range(4):
-        take(two)                                        # what lay ready
-    return alone, loaded, rates([lambda: take(two)], seconds)[0]
-
-
-def bench_parts(model, loader, config, device, seconds):
-    """Milliseconds of a step by what they are spent on; FLOPs of all its matrix products, and of the trained.
-
-    Not compiled, not overlapping, not averaged over processes: a step of `train_step` takes less.
-    """
-    net, optimizer, autocast = equip(model, dataclasses.replace(config, compile="off"), World(device=device))
-    watch, steps = Stopwatch(device), 0
-    lap = lambda name: lambda *_: watch.lap(name)
-    hooks = [model.vision.register_forward_pre_hook(lap("forward: trunk, heads, losses")),
-             model.vision.register_forward_hook(lap("forward: image encoder")),
-             model.resampler.register_forward_hook(lap("forward: resampler"))]
-
-    def step():
-        batch = next(loader)
-        watch.lap("load")
-        batch = to_device(batch, device)
-        watch.lap("transfer")
-        with autocast:
-            pixels = see(batch, model.config)
-            watch.lap("pixels: shift, resize, normalise")
-            out = predict(net, model.config, batch, pixels)
-            loss = weighted(gr1.losses(out, batch, pixels, model.config), config)
-        watch.lap("forward: trunk, heads, losses")
-        loss.backward()
-        watch.lap("backward")
-        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.clip_grad)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        watch.lap("optimizer")
-
-    with FlopCounterMode(display=False) as counter:      # the first step is longer than those to come
-        step()
-    watch.spent.clear()
-    while steps < 2 or sum(watch.spent.values()) < seconds:
-        step()
-        steps += 1
-    for hook in hooks:
-        hook.remove()
-    counts = {name: sum(flops.values()) for name, flops in counter.get_flop_counts().items()}
-    frozen = sum(counts.get(f"GR1.{name}", 0) for name in model.frozen())
-    assert not model.vision.frozen or counts["GR1.vision"]
-    return {k: 1000 * v / steps for k, v in watch.spent.items()}, counts["Global"], counts["Global"] - frozen
-
-
-def bench(config, changes, world, seconds=10):
-    """Print where a step's time goes, with random weights and synthetic clips: -> windows a second."""
-    config = dataclasses.replace(config, vision_weights="none", text_weights="none", init="none",
-                                 steps=10 ** 6)
-    model = build(config, changes, world).train()
-    device, sizes = world.device, model.config.cameras
-    if model.config.preset == "gr1":
-        sizes = {camera: {"rgb_static": 200, "rgb_gripper": 84}[camera] for camera in sizes}
-    with tempfile.TemporaryDirectory() as folder:
-        data = synthesise(folder, sizes, model.config.robot)
-        alone, loaded, by_two = bench_loader(data, config, model.config, seconds / 5)
-        windows = training_windows(data, np.arange(len(data)), config, model.config)
-        loader = batches(windows, range(10 ** 6), config.accumulate, world, config.workers)
-        table, flops, trained = bench_parts(model, loader, config, device, seconds / 2)
-        net, optimizer, autocast = equip(model, config, world)
-        skipped = torch.zeros(2, dtype=torch.int64, device=device)
-
-        def steps(count):
-            """Seconds that so many steps take, on the slowest process."""
-            start = time.perf_counter()
-            for step in range(count):
-                train_step(step, net, optimizer, loader, config, model.config, world, autocast, skipped)
-            return world.mean(skipped + time.perf_counter() - start)[0].item()      # waits for all of it
-
-        steps(2)
-        gr1.memory(device, new_peak=True)
-        count = max(2, round(seconds / steps(1)))
-        spent = steps(count) / count
-        peak = gr1.memory(device, peak=True)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    top = next((most for gpu, most in PEAK_FLOPS.items() if gpu in name), None)
-    of_peak = lambda rate: f"{rate / 1e12:>10.2f}" + (f"  {rate / top:.0%} of the peak" if top else "")
-    encoder = table["forward: image encoder"] / 1000 if model.vision.frozen else 0
-    say = world.print
-    say(f"\n{config.preset}, {config.stage}, batch {config.batch}, {config.windows_per_clip} windows a clip, "
-        f"{precision(config, world)} on {world.size} x {name}, {torch.get_num_threads()} threads")
-    say("parts of a step, one by one [ms], not compiled")
-    for what, ms in table.items():
-        say(f"  {what:<40}{ms:>10.1f}{ms / sum(table.values()):>7.1%}")
-    say(f"  {'all':<40}{sum(table.values()):>10.1f}")
-    say(f"a training step [ms]                      {1000 * spent:>10.1f}\n"
-        f"windows a second                          {config.batch / spent:>10.2f}\n"
-        f"peak memory [MiB]                         {peak:>10.0f}\n"
-        f"matrix products [TFLOP/s]                 {of_peak(flops / spent)}\n"
-        f"  of what is trained, encoder's time off  {of_peak(trained / max(1e-9, spent - encoder))}\n"
-        f"loader, one core, windows a second        {loaded:>10.1f}\n"
-        f"  its JPEG decoder alone                  {alone:>10.1f}  ratio {loaded / alone:.2f}\n"
-        f"  with two workers                        {by_two:>10.1f}  ratio {by_two / loaded:.2f}")
-    return config.batch / spent
-
-
-def estimate(argv, world):
-    """Print what the paper's two runs would take here, from the rates that bench measures."""
-    runs = (("pretrain", 800_000, 50, "clips of ten frames, one window each"),
-            ("finetune", 1_400_000, 20, "windows of CALVIN ABCD"))
-    for stage, places, epochs, what in runs:
-        config, changes, _ = parse(["--preset", "gr1", *argv, "--stage", stage])
-        check_batch(config, world)
-        hours = places / bench(config, changes, world) / 3600
-        world.print(f"{stage}: {epochs} epochs of {places:,} {what}: {hours:,.2f} hours an epoch, "
-                    f"{epochs * hours:,.1f} in all")
 
 
 # ---------------------------------------------------------------------------------------------- the run
@@ -760,10 +605,11 @@ def check_batch(config, world):
                              f"a multiple of {parts}")
 
 
-def train_step(step, net, optimizer, loader, config, model_config, world, autocast, skipped):
+def train_step(step, learner, loader, config, world, skipped):
     """One update from `accumulate` passes: -> (figures by name, skipped steps (2,), Later [share of the
     processes told to stop, skipped steps in a row before this one]). Nothing here waits for the device.
     """
+    net, optimizer, model_config = learner.net, learner.optimizer, learner.model.config
     torch.manual_seed(((config.seed * 1_000_003 + step) * 10_007 + world.rank) % 2 ** 63)     # for dropout
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
@@ -775,7 +621,7 @@ def train_step(step, net, optimizer, loader, config, model_config, world, autoca
     for i, batch in enumerate(share):
         waits = world.size > 1 and i < config.accumulate - 1         # gradients are averaged in the last pass
         with net.no_sync() if waits else nullcontext():
-            with autocast:
+            with learner.autocast:
                 pixels = see(batch, model_config)
                 out = predict(net, model_config, batch, pixels)
                 named = gr1.losses(out, batch, pixels, model_config, counts)
@@ -784,7 +630,7 @@ def train_step(step, net, optimizer, loader, config, model_config, world, autoca
             loss.backward(torch.where(loss.detach().isfinite(), 1.0, math.nan))
         for name, value in named.items():
             figures[name] = figures.get(name, 0) + value.detach() / config.accumulate
-    norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.clip_grad)
+    norm = torch.nn.utils.clip_grad_norm_(learner.parameters, config.clip_grad)
     bad = ~norm.isfinite()
     optimizer.found_inf = bad.float()                    # fused AdamW then leaves weights and state alone
     optimizer.step()
@@ -792,15 +638,14 @@ def train_step(step, net, optimizer, loader, config, model_config, world, autoca
     return figures | {"grad_norm": norm}, torch.stack([(skipped[0] + 1) * bad, skipped[1] + bad]), news
 
 
-def run(progress, net, model, optimizer, loader, config, held_out, world, autocast):
+def run(progress, learner, loader, config, held_out, world):
     """The steps from progress.step to config.steps, or until told to stop, with log and checkpoints."""
     log = Log(config, progress.step, world)
     bar = tqdm(total=config.steps, initial=progress.step, desc=config.stage,
                disable=not world.main or not sys.stderr.isatty())
     sums, start, since = 0, time.time(), progress.step
     for step in range(progress.step, config.steps):
-        figures, progress.skipped, news = train_step(step, net, optimizer, loader, config, model.config,
-                                                     world, autocast, progress.skipped)
+        figures, progress.skipped, news = train_step(step, learner, loader, config, world, progress.skipped)
         progress.step = step + 1
         bar.update()
         good = progress.skipped[0] == 0
@@ -813,7 +658,7 @@ def run(progress, net, model, optimizer, loader, config, held_out, world, autoca
                 samples_per_s=config.batch / seconds)
             sums, start, since = 0, time.time(), progress.step
         if progress.step % config.eval_every == 0 or progress.step == config.steps:
-            check_up(progress, net, model, optimizer, config, held_out, world, autocast, log)
+            check_up(progress, learner, config, held_out, world, log)
             start, since = time.time(), progress.step        # the next line's ms leaves this out
         stop, bad = news()                                   # as all processes knew before this step
         if bad >= PATIENCE:
@@ -825,19 +670,19 @@ def run(progress, net, model, optimizer, loader, config, held_out, world, autoca
     bar.close()
     log.close()
     if progress.saved != progress.step:
-        save(config, model, optimizer, progress, world)
+        save(config, learner, progress, world)
 
 
-def check_up(progress, net, model, optimizer, config, held_out, world, autocast, log):
+def check_up(progress, learner, config, held_out, world, log):
     """Held-out losses, a sheet of held-out frames, checkpoints."""
-    figures, sheet = evaluate(net, model.config, *held_out, config, world, autocast)
+    figures, sheet = evaluate(learner, held_out, config, world)
     log(progress.step, **figures)
     loss = weighted({name[4:]: x for name, x in figures.items() if not name.endswith("_ratio")}, config)
     if loss < progress.best:
         progress.best = loss
         if world.main:
-            save_model(os.path.join(config.out, "best"), config, model, progress.step)
-    save(config, model, optimizer, progress, world)
+            save_model(os.path.join(config.out, "best"), config, learner.model, progress.step)
+    save(config, learner, progress, world)
     if sheet is not None:
         Image.fromarray(sheet).save(os.path.join(config.out, f"{progress.step:06d}.png"))
 
@@ -850,32 +695,32 @@ def ask_to_stop(signum, frame):
 
 def train(config, changes, world):
     """The whole run: data, model, steps."""
-    data, ids, *held_out = find_data(config, world)
-    if config.resume and not os.path.exists(os.path.join(config.out, "resume.pt")):
-        world.print(f"resume: no run in {config.out} yet, so this starts one")
-        config.resume = False
+    check_batch(config, world)
+    data, ids, *others = find_data(config, world)
+    config.resume = config.resume and can_resume(config, world)
     model = build(config, changes, world)
     places = int(np.maximum(1, data.lengths[ids] - model.config.window + 1).sum())
     config.steps, config.epochs = config.steps or math.ceil(config.epochs * places / config.batch), 0.0
-    if not config.resume:
+    windows = training_windows(data, ids, config, model.config)
+    held_out = held_out_windows(*others, config, model.config, world)
+    if not config.resume:                                # no mistake of the user's comes later
         make_room(config.out, world)
-    net, optimizer, autocast = equip(model, config, world)
-    progress = (load_resume(config, model, optimizer, world) if config.resume else
+    learner = equip(model, config, world)
+    progress = (load_resume(config, learner, world) if config.resume else
                 Progress(0, math.inf, torch.zeros(2, dtype=torch.int64, device=world.device)))
     world.print(f"model: {json.dumps(dataclasses.asdict(model.config))}")
     world.print(f"train: {json.dumps(dataclasses.asdict(config))}")
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     world.print(f"{parameters:,} trained parameters; {len(ids)} clips, {places:,} windows, "
-                f"{len(held_out[1])} clips held out; {config.steps} steps of {config.batch} windows "
+                f"{len(held_out.ids)} clips held out; {config.steps} steps of {config.batch} windows "
                 f"({config.steps * config.batch / places:.1f} epochs); {world.size} x {world.device.type}, "
                 f"{precision(config, world)}")
-    windows = training_windows(data, ids, config, model.config)
     if world.main and not progress.step:
         sheet = draw_batch(windows[0, 0, world.size * config.accumulate], model.config)
         Image.fromarray(sheet).save(os.path.join(config.out, "first_batch.png"))
     loader = batches(windows, range(progress.step, config.steps), config.accumulate, world, config.workers)
     model.train()
-    run(progress, net, model, optimizer, loader, config, held_out, world, autocast)
+    run(progress, learner, loader, config, held_out, world)
     world.print(f"done: {config.out}/model.safetensors" if progress.step == config.steps else
                 f"stopped: after step {progress.step}, as asked; --resume goes on with {config.out}")
 
@@ -883,15 +728,13 @@ def train(config, changes, world):
 def main():
     config, changes, mode = parse()
     for signum in signal.SIGINT, signal.SIGTERM:
-        signal.signal(signum, ask_to_stop)
+        signal.signal(signum, ask_to_stop if mode == "train" else signal.SIG_DFL)
     world = set_up()
-    check_batch(config, world)
-    if mode == "estimate":
-        estimate(sys.argv[1:], world)
-    elif mode == "bench":
-        bench(config, changes, world)
-    else:
+    if mode == "train":
         train(config, changes, world)
+    else:
+        import bench                                     # here, for it imports this file
+        dict(bench=bench.bench, estimate=bench.estimate)[mode](sys.argv[1:], world)
     if world.size > 1:
         dist.destroy_process_group()
 
@@ -914,5 +757,5 @@ if __name__ == "__main__":
             raise
         if int(os.environ.get("RANK", 0)):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(5)                                # the first process says it, and torchrun ends all
+            time.sleep(10)                               # the first process says it, and torchrun ends all
         sys.exit(f"error: {said[0]}")                    # the last line of a loader's traceback
