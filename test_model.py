@@ -1789,9 +1789,10 @@ def test_scripts_read_the_authors_files(tmp_path, tabletop_data):
     assert not (tmp_path / "bang").exists()
 
 
-def test_benchmark_runs_and_compares_equals(capsys):
+def test_benchmark_runs_and_compares_equals(capsys, monkeypatch):
     """Catches a benchmark of two things that do not compute the same, or one that breaks."""
-    gr1.bench(gr1.preset_config("tiny"), seconds=0.1)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)      # else it times two threads as well
+    gr1.bench(small_config(), seconds=0.1)
     lines = capsys.readouterr().out.splitlines()
     assert float(re.search(r"outputs differ by (\S+)", lines[1])[1]) < 1e-5
     names = [line[:54].strip() for line in lines[3:]]
@@ -1814,10 +1815,10 @@ def test_training_benchmark(capsys):
         alone.append(float(numbers["its JPEG decoder alone"]))
         flops.append(report.call_args.args[5])
     assert 4 * 6 / 9 * 0.6 < alone[1] / alone[0] < 4 * 6 / 9 * 1.7          # 6 frames a window; 9 for four
-
     assert abs(flops[2][0] / flops[0][0] - 1) < 0.01 < abs(flops[1][0] / flops[0][0] - 1)
     batch = lambda *flags: bench.settings(["--preset", "gr1", *flags], train.World())[0].batch
     assert (batch(), batch("--windows-per-clip", "10"), batch("--batch=512")) == (2, 10, 512)
+
 
 def test_figures_go_where_they_are_asked_for(tabletop_data, tmp_path, monkeypatch):
     """Catches a package that is needed although nobody asked, and a traceback where it is missing."""
@@ -1866,7 +1867,6 @@ def test_resume_equals_straight(tabletop_data, tmp_path, monkeypatch):
     assert run(*command("moved"))[0] == 0 and (tmp_path / "moved.1/config.json").exists()   # not overwritten
 
 
-# Run by torchrun: a list of command lines of train.py, the last as by hand, on two cores whatever there is.
 def test_all_machines_resume_or_none(tmp_path):
     """Catches machines without a common disk, of which one goes on and the others start anew beside it."""
     config, world = train.TrainConfig(out=str(tmp_path)), train.World()
@@ -1877,17 +1877,18 @@ def test_all_machines_resume_or_none(tmp_path):
     assert refused("a disk they share", train.can_resume, config, world)
 
 
+# Run by torchrun: a list of command lines of train.py, the last as by hand, on two cores whatever there is.
 COMMANDS = f"""
 import json, os, runpy, sys
 os.cpu_count = lambda: 2
 sys.path.insert(0, {str(ROOT)!r})
-import torch.distributed as dist, train
+import torch.distributed as dist, bench, train
 world = train.set_up()
 dist.init_process_group = dist.destroy_process_group = lambda *_, **more: None      # one group for all
 *first, last = json.loads(sys.argv[1])
 for sys.argv in first:
     try:
-        train.main()
+        bench.bench(sys.argv[1:], world, 0.2) if "--bench" in sys.argv else train.main()
     except (train.clips.ClipsError, train.gr1.ModelError) as refused:
         sys.stdout.write(f"refused: {{refused}}\\n")
     world.barrier()                                           # so the other was told as well, or has done it
@@ -1906,62 +1907,84 @@ def torchrun(processes, *commands):
          json.dumps(commands)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_two_processes_equal_one(tabletop_data, tmp_path):
-    """Catches processes or passes that see other data, or shift it otherwise, than one alone; gradients or
-    losses averaged with wrong weights (parts hold unlike numbers of targets); a surplus process that stops
-    the rest; a mistake that one process notices while the other waits for it.
-    """
-    robot, strange, empty, cut = (tmp_path / name for name in ("robot", "strange", "empty", "cut"))
-    for directory in robot, strange, cut:
-        shutil.copytree(tabletop_data / "demonstrations", directory)
-    meta = (robot / "meta.json").read_text()
-    (strange / "meta.json").write_text(meta.replace('version": 1', 'version": 9'))
-    (cut / "00000.bin").write_bytes((cut / "00000.bin").read_bytes()[:-9])
-    empty.mkdir()
-    command = lambda name, *more, **model: training(
-        "finetune", robot, tmp_path / name, "--video-steps", 0, "--shift", 0.1, "--batch", 8,
-        "--windows-per-clip", 2, *more, **model)
-    refused = {"format version 9": ["--data", strange], "no meta.json": ["--data", empty],
-               "cut off or changed": ["--data", cut], "no actions": ["--data", tabletop_data / "videos"],
-               "multiple of 4": ["--batch", 2], "another shape": ["--init", tmp_path / "two"]}
-    process = torchrun(3, command("two", "--accumulate", 2),
-                       *(command("no", *flags, width=64) for flags in refused.values()),
-                       command("no", "--preset", "tinny"))
-    text, last = process.communicate(timeout=240)
-    assert "3 started, 2 train" in text and "2 x cpu" in text and text.count("done:") == 1, text + last
-    assert [text.count(words) for words in refused] == [2] * len(refused), text
-    assert process.returncode and "Traceback" not in last and last.count("did you mean 'tiny'?") == 1
-    assert run(*command("one"))[0] == 0
-    for key in "arm", "gripper", "rgb_static", "val/arm", "val/rgb_gripper", "grad_norm":
-        one, two = (read_log(tmp_path / name, key) for name in ("one", "two"))
-        assert one and all(abs(two[step] - one[step]) < 1e-4 * one[step] + 1e-5 for step in one), (one, two)
-    assert gr1.GR1.from_pretrained(tmp_path / "two").config.width == SIZES["width"]
+SHARED = ["--video-steps", 0, "--shift", 0.1, "--batch", 8, "--windows-per-clip", 2]
+REFUSED = {"format version 9": ["--data", "strange"], "no meta.json": ["--data", "empty"],
+           "cut off or changed": ["--data", "cut"], "no actions": ["--data", "videos"],
+           "multiple of 4": ["--batch", 2], "another shape": ["--init", "two"],
+           "JPEG is broken": ["--data", "broken"]}
 
 
-def test_two_processes_that_are_told_to_stop(tabletop_data, tmp_path):
-    """Catches a SIGTERM by which torchrun kills loader workers, loses steps or ends in failure; a resumed run
-    that ends elsewhere; a broken file that one process meets while the other waits for it.
+@pytest.fixture(scope="module")
+def two_processes(tabletop_data, tmp_path_factory):
+    """What two launches of torchrun leave: a folder of runs, and [status, output, errors] of each launch. The
+    first is told to stop; the second trains, is refused what is wrong, goes on with the first's run, measures
+    and is refused, at last, as by hand. (A launch imports torch three times, so there are no more.)
     """
-    broken = tmp_path / "broken"
-    shutil.copytree(tabletop_data / "demonstrations", broken)
-    for shard in broken.glob("*.bin"):
+    folder = tmp_path_factory.mktemp("two")
+    for name in "robot", "strange", "cut", "broken":
+        shutil.copytree(tabletop_data / "demonstrations", folder / name)
+    shutil.copytree(tabletop_data / "videos", folder / "videos")
+    meta = (folder / "robot/meta.json").read_text()
+    (folder / "strange/meta.json").write_text(meta.replace('version": 1', 'version": 9'))
+    (folder / "cut/00000.bin").write_bytes((folder / "cut/00000.bin").read_bytes()[:-9])
+    (folder / "empty").mkdir()
+    for shard in (folder / "broken").glob("*.bin"):
         shard.write_bytes(b"\0" * shard.stat().st_size)
-    flags = ["--steps", 40, "--eval-every", 40, "--workers", 1]
-    command = lambda name, *more, data=tabletop_data / "demonstrations": training(
-        "finetune", data, tmp_path / name, *flags, *more, dropout=0.1)
-    told = torchrun(2, command("told"))
+    command = lambda name, *more, data="robot", **model: training(
+        "finetune", folder / data, folder / name, *more, **model)
+    long = lambda name, *more: command(name, "--steps", 40, "--eval-every", 40, "--workers", 1, *more,
+                                       dropout=0.1)
+    signal.alarm(400)                          # see same_start
+    told = torchrun(2, long("told"))
     try:
         assert any("step 2  arm" in line for line in told.stdout)
         told.send_signal(signal.SIGTERM)
-        text, errors = told.communicate(timeout=120)
+        first = told.communicate(timeout=120)
     finally:
         told.kill()
-    assert told.returncode == 0 and "stopped: after step" in text and "Traceback" not in errors, text + errors
-    later = torchrun(2, command("straight"), command("told", "--resume"), command("no", data=broken))
-    text, errors = later.communicate(timeout=240)
-    straight, resumed = (gr1.read_weights(tmp_path / x / "model.safetensors") for x in ("straight", "told"))
-    assert all(torch.equal(straight[name], resumed[name]) for name in straight | resumed), text + errors
-    assert later.returncode and "JPEG is broken" in errors and "Traceback" not in errors, errors
+    wrong = [[flag, folder / value if flag in ("--data", "--init") else value]
+             for flag, value in REFUSED.values()]
+    launch = torchrun(3, command("two", *SHARED, "--accumulate", 2),
+                      *(command("no", *SHARED, *flags, width=64) for flags in wrong),
+                      long("straight"), long("told", "--resume"), command("no", "--bench"),
+                      command("no", "--preset", "tinny"))
+    second = launch.communicate(timeout=240)
+    return folder, [told.returncode, *first], [launch.returncode, *second]
+
+
+def test_two_processes_equal_one(two_processes, tmp_path):
+    """Catches processes or passes that see other data, or shift it otherwise, than one alone; gradients or
+    losses averaged with wrong weights (parts hold unlike numbers of targets); a surplus process that stops
+    the rest.
+    """
+    folder, _, (_, text, errors) = two_processes
+    assert "3 started, 2 train" in text and "2 x cpu" in text and text.count("done:") == 3, text + errors
+    assert run(*training("finetune", folder / "robot", tmp_path / "one", *SHARED))[0] == 0
+    for key in "arm", "gripper", "rgb_static", "val/arm", "val/rgb_gripper", "grad_norm":
+        one, two = (read_log(out, key) for out in (tmp_path / "one", folder / "two"))
+        assert one and all(abs(two[step] - one[step]) < 1e-4 * one[step] + 1e-5 for step in one), (one, two)
+    assert gr1.GR1.from_pretrained(folder / "two").config.width == SIZES["width"]
+
+
+def test_two_processes_meet_what_is_wrong(two_processes):
+    """Catches a mistake, or a broken file, that one process notices while the other waits for it; one that
+    ends in a traceback; a benchmark whose processes take unlike numbers of steps.
+    """
+    _, _, (status, text, errors) = two_processes
+    assert [text.count(words) for words in REFUSED] == [2] * len(REFUSED), text
+    assert "on 2 x CPU" in text and "windows a second" in text, text
+    said = errors.count("did you mean 'tiny'?")          # twice where the first process is long in ending
+    assert status and said in (1, 2) and "Traceback" not in errors, errors
+
+
+def test_two_processes_that_are_told_to_stop(two_processes):
+    """Catches a SIGTERM by which torchrun kills loader workers, loses steps or ends in failure; a resumed run
+    that ends elsewhere.
+    """
+    folder, (status, text, errors), _ = two_processes
+    assert status == 0 and "stopped: after step" in text and "Traceback" not in errors, text + errors
+    straight, resumed = (gr1.read_weights(folder / x / "model.safetensors") for x in ("straight", "told"))
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight | resumed)
 
 
 def test_a_run_that_is_told_to_stop_goes_on_later(tabletop_data, tmp_path, monkeypatch):
@@ -2067,6 +2090,8 @@ def test_commands_say_what_is_wrong(tabletop_data, checkpoints, tmp_path):
     for shard in broken.glob("*.bin"):
         shard.write_bytes(b"\0" * shard.stat().st_size)
     shutil.copytree(checkpoints / "finetune", damaged)
+    for half, data in ("training", robot), ("validation", video):
+        shutil.copytree(data, tmp_path / "halves" / half)
     (damaged / "model.safetensors").write_bytes((damaged / "model.safetensors").read_bytes()[:-8])
     for command in ("train.py", "eval_calvin.py", "sample.py", "tabletop.py", "clips.py A",
                     "prepare_calvin.py A B"):
@@ -2077,6 +2102,7 @@ def test_commands_say_what_is_wrong(tabletop_data, checkpoints, tmp_path):
     for command, words in (
             (training("finetune", tmp_path / "nowhere", out), ["nowhere", "no such directory"]),
             (training("finetune", video, out), ["videos", "no actions", "--stage pretrain"]),
+            (training("finetune", tmp_path / "halves", out), ["halves/validation", "no actions"]),
             (training("finetune", broken, out), ["JPEG is broken", "clips.py"]),
             (training("finetune", broken, out, "--workers", 1), ["JPEG is broken", "clips.py"]),
             (training("pretrain", video, out, "--no-video"), ["--no-video", "[OBS]"]),
@@ -2090,9 +2116,9 @@ def test_commands_say_what_is_wrong(tabletop_data, checkpoints, tmp_path):
             ([*start, 'cameras={"rgb_static":33}'], ["rgb_static", "33"]),
             ([*start, 'cameras={"rgb_tactile":32}'], ["rgb_tactile", "rgb_static"]),
             ([*start, "--batch", 5, "--accumulate", 2], ["--batch 5", "multiple of 2"]),
-    for half, data in ("training", robot), ("validation", video):
-        shutil.copytree(data, tmp_path / "halves" / half)
             ([*start, "--log-every", 0], ["--log-every", "0"]),
+            ([*start, "--epochs", -1], ["--epochs", "at least 0"]),
+            ([*start, "--bench", "--estimate"], ["--bench", "--estimate"]),
             ([*start, "--data-fraction", 1.5], ["--data-fraction", "1.5"]),
             ([*start, "--precision", "fp17"], ["fp17", "bf16"]),
             ([*start, "width=64", "--init", checkpoints / "pretrain"], ["another shape", "pretrain"]),
@@ -2102,7 +2128,6 @@ def test_commands_say_what_is_wrong(tabletop_data, checkpoints, tmp_path):
             (["tabletop.py", "--scenes", "AX"], ["--scenes", "ABCD"]),
             ([*judge, "--policy", "noop", "--episodes", 0], ["nothing to play"]),
             ([*judge, "--workers", 0], ["--workers", "1 or more"]),
-            (training("finetune", tmp_path / "halves", out), ["halves/validation", "no actions"]),
             ([*judge, "--seed", -1], ["--seed", "0 or more"]),
             ([*look, "--instruction", " "], ["instruction", "empty"]),
             ([*judge, "--checkpoint", tmp_path / "nowhere"], ["nowhere", "train.py"]),
@@ -2117,8 +2142,6 @@ def test_commands_say_what_is_wrong(tabletop_data, checkpoints, tmp_path):
 def readme_problems(text):
     """Flags that a command's script lacks, files that aren't there, lines that moved: -> list."""
     found, text = [], text.replace("\\\n", " ")
-            ([*start, "--epochs", -1], ["--epochs", "at least 0"]),
-            ([*start, "--bench", "--estimate"], ["--bench", "--estimate"]),
     for script, flags in re.findall(r"\b(\w+\.py)\b((?: +[^\s`#|&;]+)+)", text):
         if (ROOT / script).exists() and not script.startswith("test_"):
             known = re.findall(r"--[a-z][\w-]*", run(script, "--help")[1])
