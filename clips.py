@@ -358,6 +358,22 @@ def split(clips, fraction, seed=0):
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
+def share_of_tasks(clips, ids, fraction, seed=0):
+    """A data set made smaller, as in the paper's 10% setting: -> ids of the same number of each task's clips.
+
+    Drawn by `seed`: of each task `fraction` of what a task has on average, or all where it has fewer. CALVIN
+    ABCD has 675 segments a task, of which the paper's 10% are 66: the average counts as 660 at most.
+    """
+    if fraction == 1:
+        return ids
+    ids = np.random.default_rng(seed).permutation(ids)
+    tasks = np.array(clips.tasks)[ids]
+    names = np.unique(tasks)
+    average = min(len(ids) / len(names), 660 if names.any() else np.inf)     # video has no tasks: one, ""
+    chosen = [ids[tasks == name][:max(1, round(fraction * average))] for name in names]
+    return np.sort(np.concatenate(chosen))
+
+
 def open_data(path):
     """Open PATH, a data set or a folder with training/ and maybe validation/: -> (train, val or None)."""
     path = pathlib.Path(path)
@@ -367,15 +383,28 @@ def open_data(path):
 
 
 class Windows(torch.utils.data.Dataset):
-    """Batches of random windows: windows[step] is a function of (seed, rank, step) alone, so that a resumed
-    run sees the data of a straight one. For DataLoader(windows, batch_size=None, sampler=range(first, last)).
+    """Batches of random windows: windows[step] is a function of (seed, step) alone, so that a resumed run
+    sees the data of a straight one. windows[step, part, parts] is the part-th of so many equal parts of it:
+    processes that share a batch see together what one alone would see.
+    For DataLoader(windows, batch_size=None, sampler=range(first, last)), or an iterator of such triples.
 
     B windows of T steps, each from a clip drawn uniformly from `ids`, short or long. Its start is uniform in
     [-(T-1), L-1], then clipped to [0, L-T]: thus a clip's ends are seen about as often as its middle (T times
     less without the overhang). Only a clip shorter than T is padded: with zeros, after its real steps.
     F more frames are read for targets: frames[:, t + F] is what step t predicts.
 
-        frames       {camera: uint8 (B, T+F, 3, H, W)}
+    With per_clip W > 1, W windows that start one step after the other are cut from each clip and share its
+    frames, a run of N = T+W-1 steps that is stored once. The starts are drawn and clipped as above, so that
+    some of the W are the same window near a clip's ends: else the ends would be seen far less.
+
+    All that is random about a step, but for dropout, is drawn here: with `shift`, by how much DrQ-v2's
+    augmentation moves each run of each camera (0.05: up to 10 px of 200), and with `foresee` V, at which V of
+    a window's T steps the future frame is asked for.
+
+        frames       {camera: uint8 (B/W, N+F, 3, H, W)}
+        shifts       {camera: int64 (B/W, 2)}     down and to the right [px]; only if shift > 0
+        video_at     int64 (V,)                   only if foresee > 0
+        offsets      int64 (B,)                   where in its run a window starts; only if W > 1
         sentences    [str] * B
         mask         bool (B, T)                  real steps
         future_mask  bool (B, T)                  the clip has a frame t + F
@@ -385,38 +414,55 @@ class Windows(torch.utils.data.Dataset):
         action_mask  bool (B, T, chunk)           those that are known; the others are 0
     """
 
-    def __init__(self, clips, ids, batch_size, window, future, cameras, chunk=1, seed=0, rank=0):
+    def __init__(self, clips, ids, batch_size, window, future, cameras, chunk=1, seed=0, per_clip=1,
+                 shift=0.0, foresee=0):
         if not set(cameras) <= set(clips.cameras):
             raise ClipsError(f"{clips.directory} has the cameras {list(clips.cameras)}, not {list(cameras)}")
         if not len(ids):
             raise ClipsError(f"{clips.directory}: no clip to draw windows from")
         self.clips, self.ids, self.cameras = clips, np.asarray(ids), list(cameras)
         self.B, self.T, self.F, self.chunk = batch_size, window, future, chunk
-        self.seed, self.rank = seed, rank
+        self.seed, self.W, self.shift, self.foresee = seed, per_clip, shift, foresee
 
     def __len__(self):
         return 2 ** 31 - 1                             # endless, in effect: a run sets its own last step
 
-    def __getitem__(self, step):
-        rng = np.random.default_rng([self.seed, self.rank, step])
-        ids = rng.choice(self.ids, self.B)
+    def __getitem__(self, key):
+        step, part, parts = key if isinstance(key, tuple) else (key, 0, 1)
+        rng, span = np.random.default_rng([self.seed, step]), self.T + self.W - 1
+        ids = rng.choice(self.ids, self.B // self.W)
         lengths = self.clips.lengths[ids]
-        starts = np.clip(rng.integers(1 - self.T, lengths), 0, np.maximum(0, lengths - self.T))
-        steps = starts[:, None] + np.arange(self.T)                                         # (B, T)
+        at = rng.integers(1 - self.T, lengths) - self.W // 2              # where the first of W would start
+        video_at = rng.permutation(self.T)[:self.foresee]
+        reach = {c: round(self.shift * self.clips.cameras[c][0]) for c in self.cameras}
+        shifts = {c: rng.integers(-far, far + 1, (len(ids), 2)) for c, far in reach.items()}
+        ids, lengths, at, *shifts = (np.split(x, parts)[part] for x in (ids, lengths, at, *shifts.values()))
+        runs = np.clip(at, 0, np.maximum(0, lengths - span))
+        starts = np.clip(at[:, None] + np.arange(self.W), 0, np.maximum(0, lengths - self.T)[:, None])
+        offsets = (starts - runs[:, None]).ravel()
+        frames, ids, lengths = self.frames(ids, runs), ids.repeat(self.W), lengths.repeat(self.W)
+        steps = starts.reshape(-1, 1) + np.arange(self.T)                                   # (B, T)
         batch = dict(mask=steps < lengths[:, None], future_mask=steps + self.F < lengths[:, None])
+        batch |= {"offsets": offsets} if self.W > 1 else {}
+        batch |= {"video_at": video_at} if self.foresee else {}
         if self.clips.has_actions:
             batch |= self.robot(ids, steps)
         batch = {key: torch.from_numpy(value) for key, value in batch.items()}
-        return batch | dict(frames=self.frames(ids, starts), sentences=[self.clips.sentences[i] for i in ids])
+        if self.shift:
+            batch["shifts"] = dict(zip(self.cameras, map(torch.from_numpy, shifts)))
+        return batch | dict(frames=frames, sentences=[self.clips.sentences[i] for i in ids])
 
     def frames(self, ids, starts):
-        """Return {camera: uint8 (B, T+F, 3, H, W)}. numpy fills them: torch's threads cost more here."""
-        frames = {name: np.zeros((self.B, self.T + self.F, 3, *self.clips.cameras[name]), np.uint8)
+        """Return {camera: uint8 (B/W, N+F, 3, H, W)}, as views of (..., H, W, 3): turning the bytes round is
+        the device's work. numpy fills them: torch's threads cost more here.
+        """
+        count = self.T + self.W - 1 + self.F
+        frames = {name: np.zeros((len(ids), count, *self.clips.cameras[name], 3), np.uint8)
                   for name in self.cameras}
         for b, (i, start) in enumerate(zip(ids.tolist(), starts.tolist())):
-            for name, images in self.clips.read(i, start, self.T + self.F, self.cameras)["frames"].items():
-                frames[name][b, :len(images)] = images.transpose(0, 3, 1, 2)
-        return {name: torch.from_numpy(images) for name, images in frames.items()}
+            for name, images in self.clips.read(i, start, count, self.cameras)["frames"].items():
+                frames[name][b, :len(images)] = images
+        return {name: torch.from_numpy(images).permute(0, 1, 4, 2, 3) for name, images in frames.items()}
 
     def robot(self, ids, steps):
         """Return robot_obs, rel_actions and action_mask of the clips `ids` (B,) at `steps` (B, T)."""

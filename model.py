@@ -22,6 +22,7 @@ import argparse
 import copy
 import dataclasses
 import difflib
+import functools
 import json
 import logging
 import math
@@ -113,6 +114,7 @@ class GR1Config:
 
 PRESETS = {
     "gr1": dict(),                 # the paper: 195 M parameters with its encoders, 46 M of them trained
+    "real": dict(),                # the same; what differs is the training, see PRESETS in train.py
     # A laptop's: everything is small and trained, encoder included. Departures from the paper, with reasons:
     # plain pixels as video target (a drawn world is flat, and dividing by a flat patch's spread is noise),
     # a copy gate (four latents cannot carry a whole picture, nor minutes teach to paint one),
@@ -211,17 +213,32 @@ def sincos_positions(side, width):
     return torch.cat([axis.repeat(side, 1), axis.repeat_interleave(side, 0)], 1).float()
 
 
-def random_shift(frames, share=0.05):
-    """DrQ-v2's augmentation on uint8 (B, T, 3, H, W): a window moves by one random offset, borders repeated.
-    share: the largest shift as a share of the side; 0.05 is the official 10 px of 200 and 4 px of 84.
+def windows_of(runs, offsets, steps):
+    """The timesteps `steps` (V,) of windows in runs (G, N, ...): -> (B, V, ...), B / G windows of each run.
+    offsets (B,): where in its run a window starts; None: the runs are the windows.
+    """
+    if offsets is None:
+        return runs[:, steps]
+    run = torch.arange(len(offsets), device=runs.device) // (len(offsets) // len(runs))
+    return runs[run[:, None], offsets[:, None] + steps]
+
+
+def shift(frames, by):
+    """DrQ-v2's augmentation: uint8 frames (B, N, 3, H, W), by (B, 2) px up and to the left, borders repeated.
+    It is the same for all N frames, as in the official code.
     """
     batch, _, _, height, width = frames.shape
-    reach = round(share * height)
-    dy, dx = torch.randint(-reach, reach + 1, (2, batch, 1), device=frames.device)
-    rows = (torch.arange(height, device=frames.device) + dy).clamp(0, height - 1)          # (B, H)
-    columns = (torch.arange(width, device=frames.device) + dx).clamp(0, width - 1)         # (B, W)
+    rows = (torch.arange(height, device=frames.device) + by[:, :1]).clamp(0, height - 1)           # (B, H)
+    columns = (torch.arange(width, device=frames.device) + by[:, 1:]).clamp(0, width - 1)          # (B, W)
     which = torch.arange(batch, device=frames.device)[:, None, None]
     return frames[which, :, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 4, 1, 2)
+
+
+@functools.cache
+def imagenet(which, device):
+    """The colours' "mean" or "std" (3, 1, 1); sent to a device once, for sending makes the host wait."""
+    values = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}[which]
+    return torch.tensor(values, device=device).view(3, 1, 1)
 
 
 def to_pixels(frames, side):
@@ -229,14 +246,14 @@ def to_pixels(frames, side):
     x = frames.flatten(0, -4).float() / 255
     if x.shape[-2:] != (side, side):
         x = F.interpolate(x, (side, side), mode="bicubic", align_corners=False, antialias=x.shape[-1] > side)
-    mean, std = (x.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return ((x - mean) / std).reshape(*frames.shape[:-2], side, side)
+    return ((x - imagenet("mean", x.device)) / imagenet("std", x.device)).reshape(
+        *frames.shape[:-2], side, side)
 
 
 def to_images(pixels):
     """Inverse of to_pixels' normalisation: float (..., 3, S, S) -> uint8 (..., S, S, 3)."""
-    mean, std = (pixels.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return ((pixels * std + mean).clamp(0, 1) * 255).round().byte().movedim(-3, -1)
+    colors = pixels * imagenet("std", pixels.device) + imagenet("mean", pixels.device)
+    return (colors.clamp(0, 1) * 255).round().byte().movedim(-3, -1)
 
 
 def attend(q, k, v, heads, mask=None, dropout=0.0):
@@ -254,7 +271,11 @@ def mlp(width, activation, bias=True, inner=4):
 # ------------------------------------------------------------------------------------------ resampler
 
 class ResamplerLayer(nn.Module):
-    """Latents look at patches and at themselves (Flamingo's Perceiver resampler, flamingo_pytorch)."""
+    """Latents look at patches and at themselves (Flamingo's Perceiver resampler, flamingo_pytorch).
+
+    Keys and values are never computed: q . (K x) is (K^T q) . x, and a mean of all V x is V times that of all
+    x. With 36 such queries (heads x latents) for 205 tokens that takes a ninth of the multiplications.
+    """
 
     def __init__(self, width, heads, head_dim):
         super().__init__()
@@ -267,8 +288,13 @@ class ResamplerLayer(nn.Module):
 
     def forward(self, latents, patches):
         h = self.norm_latents(latents)
-        k, v = self.kv(torch.cat([self.norm_patches(patches), h], 1)).chunk(2, -1)
-        latents = latents + self.proj(attend(self.q(h), k, v, self.heads))
+        seen = torch.cat([self.norm_patches(patches), h], 1)                             # (N, P + L, Dv)
+        k, v = self.kv.weight.unflatten(0, (2, self.heads, -1))                          # (heads, e, Dv) each
+        q = self.q(h).unflatten(-1, (self.heads, -1))                                    # (N, L, heads, e)
+        q = torch.einsum("nlhe,hed->nhld", q, k).flatten(1, 2)                           # (N, heads * L, Dv)
+        x = F.scaled_dot_product_attention(q, seen, seen, scale=k.shape[1] ** -0.5)
+        x = torch.einsum("nhld,hed->nlhe", x.unflatten(1, (self.heads, -1)), v)
+        latents = latents + self.proj(x.flatten(2))
         return latents + self.mlp(self.norm_mlp(latents))
 
 
@@ -401,8 +427,8 @@ class VideoHead(nn.Module):
             positions = sincos_positions(side // config.patch, width)
             self.register_buffer(f"positions_{camera}", positions, persistent=False)
 
-    def forward(self, x, camera, now):
-        """x (N, L + 1, D), present frames now (N, 3, S, S) -> (N, P, patch * patch * 3)."""
+    def forward(self, x, camera, now=None):
+        """x (N, L + 1, D) -> (N, P, patch^2 * 3). now (N, 3, S, S): present frames, for the copy gate."""
         masks = self.mask_token + getattr(self, f"positions_{camera}")                     # (P, D)
         x = self.blocks[0](self.embed(x), shared=masks)
         for block in self.blocks[1:]:
@@ -446,6 +472,7 @@ class CLIPText(nn.Module):
     ViT-B-32.pt is a program, not a state dict, and is refused).
     """
     frozen = True
+    group = 1                      # sentences encoded at once, see in_groups
 
     def __init__(self, weights="hub"):
         super().__init__()
@@ -464,10 +491,19 @@ class CLIPText(nn.Module):
         new = [s for s in dict.fromkeys(sentences) if s not in self.cache]
         if len(self.cache) + len(new) > 10_000:          # Ego4D has millions of sentences, CALVIN 400
             self.cache, new = {}, list(dict.fromkeys(sentences))
-        if new:
-            tokens = self.tokenize(new).to(self.clip.text_projection.device)
-            self.cache.update(zip(new, self.clip.encode_text(tokens)))
+        device = self.clip.text_projection.device
+        encode = lambda group: self.clip.encode_text(self.tokenize(group).to(device))
+        self.cache.update(zip(new, in_groups(encode, new, self.group)))
         return torch.stack([self.cache[s] for s in sentences])
+
+
+def in_groups(encode, items, size):
+    """encode(list) -> rows, called on lists of exactly `size`, the last one filled up: so an item's row is
+    the same to the last bit, whatever else was new together with it (a resumed run's cache starts empty).
+    """
+    for i in range(0, len(items), size):
+        group = items[i:i + size]
+        yield from encode(group + group[-1:] * (size - len(group)))[:len(group)]
 
 
 class TinyVision(nn.Module):
@@ -689,35 +725,38 @@ class GR1(nn.Module):
 
     # ---- the model
 
-    def forward(self, pixels, sentences, robot_obs=None, mask=None, video_at=None):
+    def forward(self, pixels, sentences, robot_obs=None, mask=None, video_at=None, offsets=None):
         """pixels: {camera: (B, T, 3, S, S)}, see to_pixels; sentences: B strings; robot_obs: (B, T, 15);
-        mask: bool (B, T), real steps first; video_at: the V timesteps to ask [OBS] at, None for all T.
+        mask: bool (B, T), real steps first; video_at (V,): the timesteps to ask [OBS] at, None for all T;
+        offsets: where overlapping windows start in runs of frames, see windows_of: pixels are the runs then.
         Returns what the config asks for: arm (B, T, K, 6), gripper logits (B, T, K), and of each camera the
         future frame's pixels (B, V, P, patch^2 * 3).
         """
-        batch, steps = next(iter(pixels.values())).shape[:2]
+        runs, steps = next(iter(pixels.values())).shape[:2]
         images = self.encode_images(
-            {c: p.flatten(0, 1) for c, p in pixels.items()}).unflatten(0, (batch, steps))
+            {c: p.flatten(0, 1) for c, p in pixels.items()}).unflatten(0, (runs, steps))
+        act_at = torch.arange(steps if offsets is None else self.config.window, device=images.device)
+        video_at = act_at if video_at is None else video_at
         state = self.encode_state(robot_obs) if self.config.robot else None
-        context = self.context(self.encode_language(sentences), images, state)
-        video_at = list(range(steps)) if video_at is None else video_at
-        queries, at = self.queries(range(steps), video_at)
-        answers = self.trunk(context, queries.expand(batch, -1, -1), at, mask)
-        return self.heads(answers, steps, {camera: x[:, video_at] for camera, x in pixels.items()})
+        context = self.context(self.encode_language(sentences), windows_of(images, offsets, act_at), state)
+        queries, at = self.queries(act_at, video_at)
+        answers = self.trunk(context, queries.expand(len(context), -1, -1), at, mask)
+        now = {c: windows_of(p, offsets, video_at) for c, p in pixels.items() if self.config.copy_gate}
+        return self.heads(answers, len(act_at), now)
 
     def queries(self, act_at, video_at):
-        """[ACT] for the timesteps act_at, then each camera's [OBS] for video_at: tokens (R, D), their steps
-        (a list of R). No timestep embedding is added to them (official code): the mask places them.
+        """[ACT] for the timesteps act_at (T,), then each camera's [OBS] for video_at (V,): tokens (R, D) and
+        their steps (R,). No timestep embedding is added to them (official code): the mask places them.
         """
         asked = [(self.query_act, act_at)] if self.config.robot else []
         if self.config.video:
             asked += [(self.query_obs[camera], video_at) for camera in self.config.cameras]
-        tokens = [tokens.repeat(len(at), 1) for tokens, at in asked]
-        return torch.cat(tokens), [t for tokens, at in asked for t in at for _ in tokens]
+        return (torch.cat([tokens.repeat(len(at), 1) for tokens, at in asked]),
+                torch.cat([at.repeat_interleave(len(tokens)) for tokens, at in asked]))
 
     def heads(self, answers, steps, now):
-        """answers (B, R, D) to queries(range(steps), ...) -> dict of predictions, see forward.
-        now: {camera: (B, V, 3, S, S)}, the frames of the steps at which [OBS] was asked.
+        """answers (B, R, D) to queries of `steps` timesteps -> dict of predictions, see forward.
+        now: {camera: (B, V, 3, S, S)}, frames at which [OBS] was asked; {} will do without a copy gate.
         """
         config, out, start = self.config, {}, 0
         if config.robot:
@@ -727,7 +766,8 @@ class GR1(nn.Module):
         if config.video:
             for camera, x in zip(config.cameras, answers[:, start:].chunk(len(config.cameras), 1)):
                 x = x.unflatten(1, (-1, config.latents + 1))                               # (B, V, L + 1, D)
-                patches = self.video_head(x.flatten(0, 1), camera, now[camera].flatten(0, 1))
+                seen = now[camera].flatten(0, 1) if camera in now else None
+                patches = self.video_head(x.flatten(0, 1), camera, seen)
                 out[camera] = patches.unflatten(0, x.shape[:2])
         return out
 
@@ -986,14 +1026,29 @@ def read_config(path):
 
 
 def save_checkpoint(path, model, **info):
-    """Write model.safetensors and config.json into directory path, each renamed into place when whole."""
+    """Write model.safetensors and config.json into directory path, see write_whole."""
     os.makedirs(path, exist_ok=True)
-    weights, config = os.path.join(path, "model.safetensors"), os.path.join(path, "config.json")
-    save_file({k: v.contiguous() for k, v in model.trained_state().items()}, weights + ".tmp")
-    with open(config + ".tmp", "w") as f:
-        json.dump({"model": dataclasses.asdict(model.config), **info}, f, indent=1)
-    os.replace(weights + ".tmp", weights)
-    os.replace(config + ".tmp", config)
+    state = {k: v.contiguous() for k, v in model.trained_state().items()}
+    config = json.dumps({"model": dataclasses.asdict(model.config), **info}, indent=1)
+    write_whole(os.path.join(path, "model.safetensors"), lambda file: save_file(state, file))
+    write_whole(os.path.join(path, "config.json"), lambda file: pathlib.Path(file).write_text(config))
+
+
+def write_whole(path, write):
+    """Call write(a temporary file's name), see it to the disk, then rename it: no reader meets half a file.
+    Raises ModelError when it cannot be written, the disk being full for example; what was there stays.
+    """
+    temporary = path + ".tmp"
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise ModelError(f"cannot write {path} ({str(error).splitlines()[0]}); what it held before is whole, "
+                         "train.py --resume goes on from there") from error
 
 
 # ------------------------------------------------------------------------------------------ losses
@@ -1006,28 +1061,46 @@ def video_target(pixels, config):
     return target
 
 
-def masked_mean(values, mask):
-    """Mean of values (B, T, ...) over the steps where mask (B, T, ...) holds; 0 where there is none."""
+def masked_mean(values, mask, count):
+    """Sum of values (B, T, ...) over the steps where mask (B, T, ...) holds, by `count` such steps."""
     values = values.flatten(mask.dim()).mean(-1) if values.dim() > mask.dim() else values
-    return (values * mask).sum() / mask.sum().clamp(min=1)
+    return (values * mask).sum() / count.clamp(min=1e-6)             # a mean over parts may well be below 1
 
 
-def losses(out, batch, pixels, config, video_at=None):
+def foreseen_at(batch):
+    """The timesteps (V,) at which a batch of clips.Windows asks [OBS]."""
+    mask = batch["future_mask"]
+    return batch["video_at"] if "video_at" in batch else torch.arange(mask.shape[1], device=mask.device)
+
+
+def count_targets(batch):
+    """Float tensor (2,): for how many steps of a batch the action, and the future frame, is known."""
+    actions, futures = batch.get("action_mask"), batch["future_mask"][:, foreseen_at(batch)]
+    return torch.stack([futures.new_zeros(()) if actions is None else actions.sum(), futures.sum()]).float()
+
+
+def losses(out, batch, pixels, config, counts=None):
     """The paper's losses, unweighted, by name: arm (Smooth-L1), gripper (binary cross-entropy) and, a camera,
-    video (mean squared error). out, video_at: of GR1.forward; batch: from clips.Windows;
-    pixels: {camera: (B, T + future, 3, S, S)}, the frames that the model saw and those behind them.
+    video (mean squared error), each a mean over the steps that have a target.
+    out: of GR1.forward; batch: from clips.Windows; pixels: {camera: (B, T + future, 3, S, S)}, the frames
+    that the model saw and those behind them, or the runs that windows are cut from; counts: of count_targets,
+    where this batch is a part of one: the mean over the parts, so that the losses' mean over the parts is
+    that of the whole.
     """
-    named, at = {}, slice(None) if video_at is None else video_at
+    named, at, offsets = {}, foreseen_at(batch), batch.get("offsets")
+    actions, futures = count_targets(batch) if counts is None else counts
     if config.robot:
         target, mask = batch["rel_actions"], batch["action_mask"]                 # (B, T, K, 7), (B, T, K)
-        named["arm"] = masked_mean(F.smooth_l1_loss(out["arm"], target[..., :6], reduction="none"), mask)
-        opened = (target[..., 6] > 0).float()
-        named["gripper"] = masked_mean(
-            F.binary_cross_entropy_with_logits(out["gripper"], opened, reduction="none"), mask)
+        arm = F.smooth_l1_loss(out["arm"], target[..., :6], reduction="none")
+        named["arm"] = masked_mean(arm, mask, actions)
+        gripper = F.binary_cross_entropy_with_logits(out["gripper"], (target[..., 6] > 0).float(),
+                                                     reduction="none")
+        named["gripper"] = masked_mean(gripper, mask, actions)
     if config.video:
         for camera in config.cameras:
-            target = video_target(pixels[camera][:, config.future:][:, at], config)
-            named[camera] = masked_mean((out[camera] - target) ** 2, batch["future_mask"][:, at])
+            target = video_target(pixels[camera][:, config.future:], config)     # once for all that share it
+            error = (out[camera] - windows_of(target, offsets, at)) ** 2
+            named[camera] = masked_mean(error, batch["future_mask"][:, at], futures)
     return named
 
 
@@ -1041,7 +1114,7 @@ def change_errors(out, pixels, future_mask, config):
     for camera in config.cameras:
         now, future = pixels[camera][:, :future_mask.shape[1]], pixels[camera][:, config.future:]
         drawn = draw(out[camera].float(), now, config)
-        gray = patchify(now.new_tensor(IMAGENET_STD).view(3, 1, 1).expand_as(now), config.patch)  # to 0..1
+        gray = patchify(imagenet("std", now.device).expand_as(now), config.patch)               # to 0..1
         now, future, drawn = (patchify(x, config.patch) * gray for x in (now, future, drawn))
         changed = ((future - now).abs().mean(-1) > 5 / 255) & future_mask[..., None]
         sums.append(torch.stack([((x - future) ** 2).mean(-1)[changed].sum() for x in (drawn, now)]))
@@ -1091,7 +1164,8 @@ class Policy:
             raise ModelError("this model was trained without video prediction (no [OBS])")
         if not self.history:
             raise ModelError("nothing was seen yet: call step before predicted_frames")
-        queries, _ = model.queries([], [len(self.history) - 1])
+        none, last = torch.arange(0), torch.tensor([len(self.history) - 1])
+        queries, _ = model.queries(none, last)
         now = {c: to_pixels(self.frames[c], side)[:, None] for c, side in config.cameras.items()}
         out = model.heads(ask([self], queries), 0, now)
         return {c: to_images(draw(out[c][:, 0], now[c][:, 0], config))[0].cpu().numpy() for c in now}

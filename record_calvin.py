@@ -166,8 +166,8 @@ def seed_of(args, index):
 
 
 def search(index, scene, args):
-    """A shard's demonstrations, --each of each of --tasks, physics alone: -> [(task, poses, what rows_of says)]
-    and, of all that was tried on the way, {task: [steps, or None where it failed]}."""
+    """A shard's demonstrations, --each of each of --tasks, physics alone: -> [(task, poses, rows_of it)] and,
+    of all that was tried on the way, {task: [steps, or None where it failed]}."""
     quiet()
     world, counts, found, tried = calvin.Calvin(scene, None), Counter(), [], {}
     wanted, seed = Counter(args.tasks * args.each), seed_of(args, index)

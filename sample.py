@@ -157,8 +157,8 @@ def foresee(model, pixels, take):
     for first in range(take.length - size + 1):
         window = slice(first, first + size)
         context = model.context(language, images[:, window], state[:, window] if config.robot else None)
-        asked = range(size) if first == 0 else [size - 1]                        # the window's last steps
-        queries, at = model.queries([], asked)
+        asked = torch.arange(size)[0 if first == 0 else -1:]                     # the window's last steps
+        queries, at = model.queries(asked[:0], asked)
         now = {camera: x[None, window][:, -len(asked):] for camera, x in pixels.items()}
         answers.append(model.heads(model.trunk(context, queries[None], at), 0, now))
     return {camera: torch.cat([answer[camera] for answer in answers], 1) for camera in config.cameras}

@@ -8,25 +8,30 @@ Train GR-1: `--stage pretrain` on video (what will the camera see?), `--stage fi
 
 Reads packed clips (clips.py); without --data it lets tabletop.py make them under data/ once. Writes into
 --out (default out/STAGE): model.safetensors + config.json (the model), resume.pt (all that --resume needs),
-log.jsonl (every logged step) and sheets STEP.png (held-out frames: now / predicted / true).
+log.jsonl (every logged line), first_batch.png (what the model is shown), sheets STEP.png (held-out frames:
+now / predicted / true) and best/ (the model with the least held-out loss). After Ctrl-C or SIGTERM it does
+the step to its end, saves all and exits with status 0. --bench and --estimate are in bench.py.
 
-Logged: arm, gripper and one video loss a camera, unweighted; val/... the same on held-out episodes;
-val/CAMERA_ratio = error of the predicted frame / error of copying the present one, in patches that change.
+Logged: arm, gripper and one video loss a camera, unweighted, and the gradient's norm, each a mean over all
+processes and over the steps since the last line; skipped: steps without a finite gradient, so far;
+val/... losses on held-out episodes; val/CAMERA_ratio = error of the predicted frame / error of copying the
+present one, in patches that change.
 """
 import argparse
 import dataclasses
+import importlib.util
 import json
 import math
 import os
 import pathlib
 import pickle
 import re
+import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 
 import numpy as np
 import torch
@@ -46,8 +51,9 @@ import model as gr1
 class TrainConfig:
     """One training run. Every field is a flag; 0 and "" mean the preset's (see PRESETS) where they say so."""
     stage: str = "finetune"        # pretrain: video only; finetune: robot demonstrations
-    preset: str = "tiny"           # tiny (a laptop's) or gr1 (the paper's)
+    preset: str = "tiny"           # tiny (a laptop's), gr1 (the paper's) or real (its real robot's)
     data: str = ""                 # packed clips, or a folder of training/ and validation/; "": the tabletop
+    data_fraction: float = 1.0     # share of each task's clips to train on; 0.1: the paper's 10% setting
     out: str = ""                  # "": out/STAGE
     init: str = ""                 # start from this checkpoint; none: fresh; "": out/pretrain if it is there
     fresh: str = ""                # parts that start anew in spite of init, "a,b" or none; "": the preset's
@@ -56,6 +62,7 @@ class TrainConfig:
     batch: int = 0                 # windows a step, over all processes; 0: the preset's
     steps: int = 0                 # 0: the preset's steps or epochs
     epochs: float = 0.0            # 0: the preset's
+    windows_per_clip: int = 1      # so many windows of a clip overlap and share its encoded frames
     accumulate: int = 1            # split every process' share of the batch into this many passes
     # optimizer: AdamW, warm-up, cosine; the learning rate depends on the step alone
     lr: float = 0.0                # 0: the preset's
@@ -71,7 +78,7 @@ class TrainConfig:
     shift: float = -1.0            # random shift, share of the image side; -1: the preset's
     # the machine
     precision: str = "auto"        # auto: bf16 on a GPU, fp32 on a CPU
-    compile: bool = False          # torch.compile the model
+    compile: str = "auto"          # torch.compile the model's parts: on, off; auto: on a GPU
     workers: int = -1              # loader processes a process; -1: 4 on a GPU, 0 on a CPU
     vision_weights: str = "hub"    # the gr1 preset's frozen MAE: hub, none (random) or a file
     text_weights: str = ""         # its CLIP, likewise; "": hub, or none where --vision-weights is none
@@ -80,7 +87,9 @@ class TrainConfig:
     log_every: int = 50            # steps
     eval_every: int = 500          # held-out losses, sheet and checkpoint
     eval_batches: int = 8          # of at most 64 windows
-    resume: bool = False           # go on with the run in --out
+    resume: bool = False           # go on with the run in --out, if there is one
+    wandb: bool = False            # send the figures to Weights & Biases too
+    tensorboard: bool = False      # likewise, as TensorBoard's files in --out
 
 
 # Paper, Table 3 (batch, learning rate, epochs, warm-up); all timesteps foresee. Betas, decay: authors' GR-MG.
@@ -97,14 +106,27 @@ PRESETS = {
                                shift=0, video_steps=1, video_weight=1,
                                fresh="trunk,vision,resampler,embed_language,embed_latents,embed_cls"),
 }
-UNSET = dict(fresh="", batch=0, lr=0.0, steps=0, epochs=0.0, warmup=0.0, beta2=0.0, weight_decay=-1.0,
-             shift=-1.0, video_steps=-1, video_weight=-1.0)
+PRESETS["real", "pretrain"] = PRESETS["gr1", "pretrain"]         # paper, real robot: batch and epochs differ
+PRESETS["real", "finetune"] = PRESETS["gr1", "finetune"] | dict(batch=64, epochs=30, warmup=1 / 30)
+PATIENCE = 10                    # steps in a row whose gradients may be infinite
+STOP = [False]                   # set by Ctrl-C and SIGTERM
 # Model settings worth a flag of their own; --model KEY=VALUE reaches the others (see model.GR1Config).
-MODEL_FLAGS = dict(window=int, future=int, chunk=int)
+MODEL_FLAGS = {
+    "--window": ("window", dict(type=int, help="timesteps that the model sees")),
+    "--future-step": ("future", dict(type=int, help="so many frames ahead is foreseen")),
+    "--chunk": ("chunk", dict(type=int, help="so many actions are predicted at each timestep")),
+    "--no-video": ("video", dict(action="store_false", help="the paper's ablation without [OBS]")),
+    "--no-norm-pix": ("norm_pixels", dict(action="store_false", help="plain, not patch-normalised pixels")),
+    "--action-activation": ("action_activation", dict(action="store_true", help="ReLU in the action head")),
+}
+LEAST = dict(accumulate=1, windows_per_clip=1, log_every=1, eval_every=1, eval_batches=1, batch=1, steps=0,
+             epochs=0)
 
 
 def parse(argv=None):
-    """Flags -> (TrainConfig, {model settings}); what the preset decides is filled in."""
+    """Flags -> (TrainConfig, {model settings}, mode: train, bench or estimate); what the preset decides is
+    filled in.
+    """
     parser = clips.Parser(description=__doc__.split("\n\n")[0],
                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     comments = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", pathlib.Path(__file__).read_text(), re.M))
@@ -113,25 +135,23 @@ def parse(argv=None):
         if f.type is bool:
             parser.add_argument(flag, action="store_true", help=about)
         else:
-            choices = dict(stage=["pretrain", "finetune"], precision=["auto", "bf16", "fp32"]).get(f.name)
+            choices = dict(stage=["pretrain", "finetune"], precision=["auto", "bf16", "fp32"],
+                           compile=["auto", "on", "off"]).get(f.name)
             short = dict(vision_weights=["--mae"], text_weights=["--clip"]).get(f.name, [])
             parser.add_argument(flag, *short, type=f.type, default=f.default, choices=choices, help=about)
-    for name, kind in MODEL_FLAGS.items():
-        parser.add_argument(f"--{name}", type=kind, default=None, help="model setting; default: the preset's")
-    parser.add_argument("--no-video", action="store_true", help="the paper's ablation without [OBS]")
-    parser.add_argument("--no-norm-pix", action="store_true",
-                        help="predict plain, not patch-normalised pixels")
-    parser.add_argument("--action-activation", action="store_true", help="ReLU in the action head")
+    for flag, (key, options) in MODEL_FLAGS.items():
+        parser.add_argument(flag, dest=key, default=argparse.SUPPRESS, **options)
     parser.add_argument("--model", nargs="*", default=[], metavar="KEY=VALUE",
                         help="other settings of model.GR1Config")
+    parser.set_defaults(mode="train")
+    measure = parser.add_mutually_exclusive_group()
+    for mode, about in (("bench", "time a step of random weights on synthetic clips, by parts, and end"),
+                        ("estimate", "likewise for both stages: what the paper's runs would take here")):
+        measure.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode, help=about)
     args = vars(parser.parse_args(argv))
-    changes = {name: args.pop(name) for name in MODEL_FLAGS}
-    changes = {k: v for k, v in changes.items() if v is not None}
-    if args["no_video"] and args["stage"] == "pretrain":
+    mode, changes = args.pop("mode"), {key: args.pop(key) for key, _ in MODEL_FLAGS.values() if key in args}
+    if args["stage"] == "pretrain" and not changes.get("video", True):
         parser.error("--no-video leaves nothing to pre-train: [OBS] is its only question")
-    changes |= {"video": False} if args.pop("no_video") else {}
-    changes |= {"norm_pixels": False} if args.pop("no_norm_pix") else {}
-    changes |= {"action_activation": True} if args.pop("action_activation") else {}
     for pair in args.pop("model"):
         key, _, value = pair.partition("=")
         try:
@@ -141,15 +161,20 @@ def parse(argv=None):
     config = TrainConfig(**args)
     gr1.preset_config(config.preset, config.stage, **changes)        # names a misspelt preset or key early
     for key, value in PRESETS[config.preset, config.stage].items():
-        if getattr(config, key) == UNSET[key] and not (
-                key in ("steps", "epochs") and (config.steps or config.epochs)):
+        chosen = config.steps or config.epochs if key in ("steps", "epochs") else False
+        if getattr(config, key) == getattr(TrainConfig, key) and not chosen:
             setattr(config, key, value)
-    for key, least in dict(accumulate=1, log_every=1, eval_every=1, eval_batches=1, batch=1, steps=0).items():
+    for key, least in LEAST.items():
         if getattr(config, key) < least:
             parser.error(f"--{key.replace('_', '-')} must be at least {least}, got {getattr(config, key)}")
+    if not 0 < config.data_fraction <= 1:
+        parser.error(f"--data-fraction must be above 0 and at most 1, got {config.data_fraction}")
+    for package in "wandb", "tensorboard":
+        if getattr(config, package) and not importlib.util.find_spec(package):
+            parser.error(f"--{package} needs the package {package}: pip install {package}")
     config.out = config.out or f"out/{config.stage}"
     config.text_weights = config.text_weights or ("none" if config.vision_weights == "none" else "hub")
-    return config, changes
+    return config, changes, mode
 
 
 # ---------------------------------------------------------------------------------------------- processes
@@ -180,6 +205,7 @@ class World:
     def print(self, *words):
         if self.main:
             tqdm.write(" ".join(map(str, words)), file=sys.stdout)
+            sys.stdout.flush()                           # a pipe's reader, or a queue's log, sees it now
 
 
 def set_up():
@@ -206,9 +232,7 @@ def set_up():
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if size > 1:
-        # hours, because the others wait here while the first process makes the tabletop's clips
-        dist.init_process_group("nccl" if gpu else "gloo", rank=rank, world_size=size,
-                                timeout=timedelta(hours=4))
+        dist.init_process_group("nccl" if gpu else "gloo", rank=rank, world_size=size)
         if not gpu:
             torch.set_num_threads(max(1, cores // here))
     return World(rank, size, device)
@@ -230,22 +254,46 @@ def find_data(config, world):
                 raise clips.ClipsError("tabletop.py could not make its clips, see above")
         world.barrier()
     training, validation = clips.open_data(path)
-    if config.stage == "finetune" and not training.has_actions:
-        raise clips.ClipsError(f"{path} has no actions (source: {training.meta['source']}): finetuning needs "
-                               "robot demonstrations; use it with --stage pretrain")
+    for data in (training, validation) if validation else (training,):
+        if config.stage == "finetune" and not data.has_actions:
+            raise clips.ClipsError(f"{data.directory} has no actions (source: {data.meta['source']}): "
+                                   "finetuning needs robot demonstrations; use it with --stage pretrain")
+    ids, held_out = clips.split(training, 0 if validation else config.held_out)
+    ids = clips.share_of_tasks(training, ids, config.data_fraction, config.seed)
     if validation:
-        return training, np.arange(len(training)), validation, np.arange(len(validation))
-    ids, held_out = clips.split(training, config.held_out)
+        return training, ids, validation, np.arange(len(validation))
     return training, ids, training, held_out if len(held_out) else ids
 
 
-def batches(data, ids, model_config, batch, first, last, config, world):
-    """An iterator over batches first .. last - 1 of random windows; batch n is the same in every run."""
-    windows = clips.Windows(data, ids, batch, model_config.window, model_config.future,
-                            list(model_config.cameras), model_config.chunk, config.seed, world.rank)
-    workers = config.workers if config.workers >= 0 else 4 * (world.device.type == "cuda")
-    return iter(DataLoader(windows, batch_size=None, sampler=range(first, last), num_workers=workers,
-                           pin_memory=world.device.type == "cuda", prefetch_factor=4 if workers else None))
+def windows(data, ids, batch, config, model_config, **more):
+    return clips.Windows(data, ids, batch, model_config.window, model_config.future,
+                         list(model_config.cameras), model_config.chunk, config.seed, **more)
+
+
+def training_windows(data, ids, config, model_config):
+    return windows(data, ids, config.batch, config, model_config, per_clip=config.windows_per_clip,
+                   shift=config.shift, foresee=config.video_steps if model_config.video else 0)
+
+
+def held_out_windows(data, ids, config, model_config, world):
+    """At most 64 at once, single ones, not shifted, that foresee at all steps."""
+    size = max(1, min(64, config.batch) // world.size) * world.size
+    return windows(data, ids, size, config, model_config)
+
+
+def batches(windows, steps, passes, world, workers):
+    """An iterator over this process' parts, `passes` a step, of the batches windows[step]. What a batch holds
+    depends on its number alone, not on how many processes and passes share it.
+    """
+    parts = ((step, world.rank * passes + i, world.size * passes) for step in steps for i in range(passes))
+    gpu = world.device.type == "cuda"
+    workers = workers if workers >= 0 else 4 * gpu
+    return iter(DataLoader(windows, batch_size=None, sampler=parts, num_workers=workers, pin_memory=gpu,
+                           worker_init_fn=leave_group, prefetch_factor=2 if workers else None))
+
+
+def leave_group(worker):
+    os.setsid()                  # a terminal's Ctrl-C, or torchrun's SIGTERM, is for the run to obey
 
 
 def to_device(batch, device):
@@ -257,14 +305,19 @@ def to_device(batch, device):
 # ---------------------------------------------------------------------------------------------- one pass
 
 
-def predict(net, config, batch, shift=0.0, video_at=None):
-    """Run a batch: -> (predictions, pixels {camera: (B, T + future, 3, S, S)}); shift > 0 augments."""
+def see(batch, config):
+    """Frames as the model sees them, {camera: (B, N, 3, S, S)}: shifted, resized, normalised."""
     frames = batch["frames"]
-    if shift:
-        frames = {camera: gr1.random_shift(x, shift) for camera, x in frames.items()}
-    pixels = {camera: gr1.to_pixels(x, config.cameras[camera]) for camera, x in frames.items()}
-    seen = {camera: x[:, :config.window] for camera, x in pixels.items()}
-    return net(seen, batch["sentences"], batch.get("robot_obs"), batch["mask"], video_at), pixels
+    if "shifts" in batch:
+        frames = {camera: gr1.shift(x, batch["shifts"][camera]) for camera, x in frames.items()}
+    return {camera: gr1.to_pixels(x, config.cameras[camera]) for camera, x in frames.items()}
+
+
+def predict(net, config, batch, pixels):
+    """The model's predictions for a batch that it sees as `pixels`, of which the last are for the losses."""
+    seen = {camera: x[:, :x.shape[1] - config.future] for camera, x in pixels.items()}
+    return net(seen, batch["sentences"], batch.get("robot_obs"), batch["mask"], batch.get("video_at"),
+               batch.get("offsets"))
 
 
 def weighted(named, config):
@@ -274,18 +327,18 @@ def weighted(named, config):
 
 
 @torch.no_grad()
-def evaluate(net, model_config, data, ids, config, world, autocast):
+def evaluate(learner, windows, config, world):
     """Mean losses on held-out windows, always the same: {name: float}; a sheet, uint8 (H, W, 3), or None."""
-    net.eval()
-    share = -(-config.eval_batches // world.size)
-    size = min(64, max(1, config.batch // world.size))
+    net, model_config = learner.net.eval(), learner.model.config
     sums, video, sheet = {}, torch.zeros(len(model_config.cameras), 2, device=world.device), None
-    for batch in batches(data, ids, model_config, size, 0, share, config, world):
+    for batch in batches(windows, range(config.eval_batches), 1, world, config.workers):
         batch = to_device(batch, world.device)
-        with autocast:
-            out, pixels = predict(net, model_config, batch)
-        for name, value in gr1.losses(out, batch, pixels, model_config).items():
-            sums[name] = sums.get(name, 0) + value / share
+        with learner.autocast:
+            pixels = see(batch, model_config)
+            out = predict(net, model_config, batch, pixels)
+        counts = world.mean(gr1.count_targets(batch))
+        for name, value in gr1.losses(out, batch, pixels, model_config, counts=counts).items():
+            sums[name] = sums.get(name, 0) + value / config.eval_batches
         if model_config.video:
             video += gr1.change_errors(out, pixels, batch["future_mask"], model_config)
             sheet = draw_sheet(out, pixels, model_config) if sheet is None and world.main else sheet
@@ -304,10 +357,22 @@ def draw_sheet(out, pixels, config, count=8):
         now, future = pixels[camera][:count, config.window - 1], pixels[camera][:count, -1]
         drawn = gr1.draw(out[camera][:count, -1].float(), now, config)
         rows += [gr1.to_images(x).cpu().numpy() for x in (now, drawn, future)]
-    side = max(config.cameras.values())
-    row = lambda images: np.concatenate(
-        [np.array(Image.fromarray(x).resize((side, side), 0)) for x in images], 1)
-    return np.concatenate([row(images) for images in rows])
+    return tile(rows)
+
+
+def draw_batch(batch, config, count=4):
+    """The first runs of frames of a training batch, as the model will see them, a row for each camera."""
+    few = {key: {camera: x[:count] for camera, x in batch[key].items()}
+           for key in ("frames", "shifts") if key in batch}
+    seen = {camera: gr1.to_images(x).numpy() for camera, x in see(few, config).items()}
+    return tile([row for clip in zip(*seen.values()) for row in clip])
+
+
+def tile(rows):
+    """Rows of images as one, uint8 (H, W, 3): the smaller ones are enlarged."""
+    side = max(row.shape[1] for row in rows)
+    enlarge = lambda image: np.array(Image.fromarray(image).resize((side, side), 0))
+    return np.concatenate([np.concatenate([enlarge(image) for image in row], 1) for row in rows])
 
 
 # ---------------------------------------------------------------------------------------------- build, save
@@ -322,13 +387,14 @@ def build(config, changes, world):
     state = None if init == "none" else gr1.read_checkpoint(init)
     torch.manual_seed(config.seed)
     vision, text = gr1.build_encoders(model_config, config.vision_weights, config.text_weights)
+    text.group = 16                                      # CLIP's, see there: a resumed run gets the same bits
     model = gr1.GR1(model_config, vision, text)
     model.trunk.unused_wte.requires_grad_(False)         # DDP would wait for its gradient
     if state:
         start_from(state, init, model, config, world)
     elif not config.resume:                              # its weights are in resume.pt
         world.print("init: fresh weights (--init CHECKPOINT starts from another run's)")
-    return model.to(world.device)
+    return model
 
 
 def start_from(state, init, model, config, world):
@@ -354,38 +420,101 @@ def learning_rate(step, config):
     return config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def save(config, model, optimizer, step):
-    """Write the model for others, then resume.pt for this run; each file is renamed into place when whole."""
+def save_model(out, config, model, step):
+    """Write the model for others."""
     info = dict(step=step, train=dataclasses.asdict(config))
-    if config.preset == "gr1":
+    if model.config.preset == "gr1":
         info["encoders"] = dict(vision_weights=config.vision_weights, text_weights=config.text_weights)
-    gr1.save_checkpoint(config.out, model, **info)
-    path = os.path.join(config.out, "resume.pt")
-    torch.save(dict(step=step, model=model.trained_state(), optimizer=optimizer.state_dict(),
-                    config=dataclasses.asdict(config) | dataclasses.asdict(model.config)), path + ".tmp")
-    os.replace(path + ".tmp", path)
+    gr1.save_checkpoint(out, model, **info)
 
 
-def load_resume(config, model, optimizer, world):
-    """Load resume.pt: -> step to go on with. The settings must be those that the run was started with."""
+def save(config, learner, progress, world):
+    """Write the model for others, then resume.pt for this run. Random numbers need no keeping: a step's
+    depend on seed and step alone (dropout's on the rank too), and so do its data.
+    """
+    if world.main:
+        model = learner.model
+        save_model(config.out, config, model, progress.step)
+        state = dict(step=progress.step, best=progress.best, skipped=progress.skipped.tolist(),
+                     processes=world.size, model=model.trained_state(),
+                     optimizer=learner.optimizer.state_dict(),
+                     config=dataclasses.asdict(config) | dataclasses.asdict(model.config))
+        gr1.write_whole(os.path.join(config.out, "resume.pt"), lambda file: torch.save(state, file))
+    progress.saved = progress.step
+
+
+def precision(config, world):
+    """bf16 or fp32, where --precision leaves it open."""
+    auto = "bf16" if world.device.type == "cuda" else "fp32"
+    return auto if config.precision == "auto" else config.precision
+
+
+@dataclass
+class Learner:
+    """A model and what it takes to train it."""
+    model: gr1.GR1
+    net: torch.nn.Module           # what is called: the model, or DDP around it
+    parameters: list               # those that are trained
+    optimizer: torch.optim.Optimizer
+    autocast: AbstractContextManager
+
+
+def equip(model, config, world):
+    """Ready a model for training on its device: -> Learner."""
+    gpu, bf16 = world.device.type == "cuda", precision(config, world) == "bf16"
+    model.to(world.device)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, config.lr, (0.9, config.beta2),
+                                  weight_decay=config.weight_decay, fused=True)
+    for name in model.frozen() if bf16 else []:          # autocast would cast their weights at every step
+        getattr(model, name).bfloat16()
+    if gpu:
+        model.vision.to(memory_format=torch.channels_last)              # as the JPEGs' bytes come
+    if config.compile == "on" or config.compile == "auto" and gpu:
+        # by parts: sentences are no tensors, and a part's gradients are averaged while others are computed
+        for part in model.vision, model.resampler, model.trunk, *([model.video_head] * model.config.video):
+            part.compile()
+    net = model
+    if world.size > 1:
+        net = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        net.broadcast_buffers = False                    # they are constant tables
+    autocast = torch.autocast(world.device.type, torch.bfloat16) if bf16 else nullcontext()
+    return Learner(model, net, parameters, optimizer, autocast)
+
+
+def can_resume(config, world):
+    """Is there a run in --out? All machines must agree, or they would train different ones together."""
     path = os.path.join(config.out, "resume.pt")
-    if not os.path.exists(path):
-        raise gr1.ModelError(f"--resume finds no run in {config.out}")
+    share = world.mean(torch.tensor(float(os.path.exists(path)), device=world.device)).item()
+    if 0 < share < 1:
+        raise gr1.ModelError(f"--resume: not all machines see {path}: --out must be on a disk they share")
+    if not share:
+        world.print(f"resume: no run in {config.out} yet, so this starts one")
+    return share == 1
+
+
+def load_resume(config, learner, world):
+    """Load resume.pt: -> Progress. The settings must be those that the run began with."""
+    path = os.path.join(config.out, "resume.pt")
     try:
         state = torch.load(path, map_location=world.device, weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise gr1.ModelError(f"{path} is damaged ({type(error).__name__}): start anew, with --init "
-                             f"{config.out} to keep its weights") from error
-    free = {"resume", "out", "init", "fresh", "workers", "log_every", "eval_every", "eval_batches", "compile"}
-    now = dataclasses.asdict(config) | dataclasses.asdict(model.config)
+        step, best, skipped, processes = (state[key] for key in ("step", "best", "skipped", "processes"))
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, KeyError, TypeError) as error:
+        raise gr1.ModelError(f"{path} is damaged or of an older version ({type(error).__name__}): start "
+                             f"anew, with --init {config.out} to keep its weights") from error
+    free = {"resume", "out", "init", "fresh", "workers", "log_every", "eval_every", "eval_batches", "compile",
+            "wandb", "tensorboard"}
+    now = dataclasses.asdict(config) | dataclasses.asdict(learner.model.config)
     for key, value in state["config"].items():
         if key not in free and now.get(key) != value:
             raise gr1.ModelError(f"{config.out} was started with {key} {value}, not {now.get(key)}: "
                                  "give the same, or another --out")
-    model.load_trained(state["model"], path)
-    optimizer.load_state_dict(state["optimizer"])
-    world.print(f"resume: {config.out} at step {state['step']}")
-    return state["step"]
+    learner.model.load_trained(state["model"], path)
+    learner.optimizer.load_state_dict(state["optimizer"])
+    world.print(f"resume: {config.out} at step {step}" + (
+        f"; {processes} processes trained it, now {world.size}: its batches stay the same, but dropout and "
+        "the last bits of sums differ" if processes != world.size else ""))
+    return Progress(step, best, torch.tensor(skipped, device=world.device), saved=step)
 
 
 def make_room(out, world):
@@ -398,119 +527,235 @@ def make_room(out, world):
         os.rename(out, f"{out}.{n}")
         world.print(f"out: the run that was in {out} is now in {out}.{n} "
                     "(--resume would have gone on with it)")
-    world.barrier()
     os.makedirs(out, exist_ok=True)
+    world.barrier()
 
 
 # ---------------------------------------------------------------------------------------------- the run
 
 
-def check_size(config, windows, world):
-    """Settle the number of steps; -> windows of one pass on this process."""
-    config.steps, config.epochs = config.steps or math.ceil(config.epochs * windows / config.batch), 0.0
-    passes = world.size * config.accumulate
-    if config.batch % passes:
+@dataclass
+class Progress:
+    """How far a run has come, beside weights and optimizer."""
+    step: int                      # steps done
+    best: float                    # least weighted held-out loss
+    skipped: torch.Tensor          # (2,) steps without a finite gradient: in a row till now, in all
+    saved: int | None = None       # step of the last checkpoint
+
+
+class Later:
+    """Values of a small tensor, for later: the call waits for their copy, not for what was asked since."""
+
+    def __init__(self, tensor):
+        self.copy, self.ready = tensor.to("cpu", non_blocking=True), None       # from a GPU: to pinned memory
+        if tensor.is_cuda:
+            self.ready = torch.cuda.Event()
+            self.ready.record()
+
+    def __call__(self):
+        if self.ready:
+            self.ready.synchronize()
+        return self.copy.tolist()
+
+
+class Log:
+    """Prints lines of figures; the first process also keeps them in log.jsonl, and elsewhere if asked."""
+
+    def __init__(self, config, first, world):
+        """What a run that broke off had logged after step `first` is dropped."""
+        self.world, self.file, self.others = world, None, []
+        path = pathlib.Path(config.out, "log.jsonl")
+        if not world.main:
+            return
+        lines = path.read_text().splitlines(True) if first and path.exists() else []
+        whole = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= first]
+        gr1.write_whole(str(path), lambda file: pathlib.Path(file).write_text("".join(whole)))
+        self.file = open(path, "a")
+        if config.wandb:
+            import wandb
+            wandb.init(project="nanogr", name=config.out, config=dataclasses.asdict(config))
+            self.others.append(lambda step, figures: wandb.log(figures, step=step))
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(config.out)
+            self.others.append(lambda step, figures: [writer.add_scalar(name, value, step)
+                                                      for name, value in figures.items()])
+
+    def __call__(self, step, **figures):
+        if self.world.main:
+            figures = {k: v if math.isfinite(v) else None for k, v in figures.items()}    # JSON has no NaN
+            short = lambda v: f"{v:.4g}" if isinstance(v, float) else str(v)
+            self.world.print("  ".join(f"{k} {short(v)}" for k, v in dict(step=step, **figures).items()))
+            self.file.write(json.dumps(dict(step=step, **figures)) + "\n")
+            self.file.flush()
+            for send in self.others:
+                send(step, {k: v for k, v in figures.items() if v is not None})
+
+    def close(self):
+        if self.file:
+            self.file.close()
+
+
+def check_batch(config, world):
+    """Refuse a batch that the processes cannot share."""
+    parts = world.size * config.accumulate * config.windows_per_clip
+    if config.batch % parts:
         raise gr1.ModelError(f"--batch {config.batch} does not divide over {world.size} processes x "
-                             f"{config.accumulate} passes: choose a multiple of {passes}")
-    return config.batch // passes
+                             f"{config.accumulate} passes x {config.windows_per_clip} windows a clip: choose "
+                             f"a multiple of {parts}")
 
 
-def train_step(step, net, optimizer, loader, config, model_config, world, autocast):
-    """One update from `accumulate` passes: -> (losses by name, gradient norm), of this process."""
-    # the step's random numbers depend on seed, step and rank alone: a resumed run draws the same
-    torch.manual_seed(((config.seed * 1_000_003 + step) * 10_007 + world.rank) % 2 ** 63)
+def train_step(step, learner, loader, config, world, skipped):
+    """One update from `accumulate` passes: -> (figures by name, skipped steps (2,), Later [share of the
+    processes told to stop, skipped steps in a row before this one]). Nothing here waits for the device.
+    """
+    net, optimizer, model_config = learner.net, learner.optimizer, learner.model.config
+    torch.manual_seed(((config.seed * 1_000_003 + step) * 10_007 + world.rank) % 2 ** 63)     # for dropout
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
-    named = {}
-    for part in range(config.accumulate):
-        batch = to_device(next(loader), world.device)
-        waits = world.size > 1 and part < config.accumulate - 1      # gradients are averaged in the last pass
+    share = [to_device(next(loader), world.device) for _ in range(config.accumulate)]
+    counts = sum(gr1.count_targets(batch) for batch in share) / config.accumulate
+    *counts, stop = world.mean(torch.cat([counts, counts.new_full((1,), float(STOP[0]))]))
+    news = Later(torch.stack([stop, skipped[0].float()]))
+    figures = {}
+    for i, batch in enumerate(share):
+        waits = world.size > 1 and i < config.accumulate - 1         # gradients are averaged in the last pass
         with net.no_sync() if waits else nullcontext():
-            with autocast:
-                video_at = torch.randperm(model_config.window)[:config.video_steps].tolist() or None  # all
-                out, pixels = predict(net, model_config, batch, config.shift, video_at)
-                parts = gr1.losses(out, batch, pixels, model_config, video_at)
-            (weighted(parts, config) / config.accumulate).backward()
-        named = {name: named.get(name, 0) + x.detach() / config.accumulate for name, x in parts.items()}
-    norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.clip_grad)
+            with learner.autocast:
+                pixels = see(batch, model_config)
+                out = predict(net, model_config, batch, pixels)
+                named = gr1.losses(out, batch, pixels, model_config, counts)
+            loss = weighted(named, config) / config.accumulate
+            # a loss that is not finite spoils the gradients of all processes, so that all skip the step
+            loss.backward(torch.where(loss.detach().isfinite(), 1.0, math.nan))
+        for name, value in named.items():
+            figures[name] = figures.get(name, 0) + value.detach() / config.accumulate
+    norm = torch.nn.utils.clip_grad_norm_(learner.parameters, config.clip_grad)
+    bad = ~norm.isfinite()
+    optimizer.found_inf = bad.float()                    # fused AdamW then leaves weights and state alone
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return named, norm
+    return figures | {"grad_norm": norm}, torch.stack([(skipped[0] + 1) * bad, skipped[1] + bad]), news
 
 
-def run(first, net, model, optimizer, loader, config, held_out, world, autocast):
-    """Steps first .. config.steps - 1, with log, held-out losses, sheets and checkpoints."""
-    log = open(os.path.join(config.out, "log.jsonl"), "a" if config.resume else "w") if world.main else None
-    bar = tqdm(total=config.steps, initial=first, desc=config.stage,
+def run(progress, learner, loader, config, held_out, world):
+    """The steps from progress.step to config.steps, or until told to stop, with log and checkpoints."""
+    log = Log(config, progress.step, world)
+    bar = tqdm(total=config.steps, initial=progress.step, desc=config.stage,
                disable=not world.main or not sys.stderr.isatty())
-    start, since = time.time(), first
-    for done in range(first + 1, config.steps + 1):
-        named, norm = train_step(done - 1, net, optimizer, loader, config, model.config, world, autocast)
+    sums, start, since = 0, time.time(), progress.step
+    for step in range(progress.step, config.steps):
+        figures, progress.skipped, news = train_step(step, learner, loader, config, world, progress.skipped)
+        progress.step = step + 1
         bar.update()
-        if done % config.log_every == 0 or done == config.steps:
-            means = world.mean(torch.stack(list(named.values()))).tolist()
-            seconds = (time.time() - start) / (done - since)
-            report(dict(step=done, **dict(zip(named, means)), lr=learning_rate(done - 1, config),
-                        grad_norm=norm.item(), ms=1000 * seconds, samples_per_s=config.batch / seconds),
-                   world, log)
-            start, since = time.time(), done
-        if done % config.eval_every == 0 or done == config.steps:
-            figures, sheet = evaluate(net, model.config, *held_out, config, world, autocast)
-            report(dict(step=done, **figures), world, log)
-            if world.main:
-                save(config, model, optimizer, done)
-                if sheet is not None:
-                    Image.fromarray(sheet).save(os.path.join(config.out, f"{done:06d}.png"))
-            start, since = time.time(), done                 # the next line's ms leaves this out
+        good = progress.skipped[0] == 0
+        sums = sums + torch.cat([torch.stack([*figures.values()]).where(good, 0), good[None]])
+        if progress.step % config.log_every == 0 or progress.step == config.steps:
+            *means, count = world.mean(sums).tolist()
+            seconds = (time.time() - start) / (progress.step - since)
+            log(progress.step, **{name: x / count if count else math.nan for name, x in zip(figures, means)},
+                lr=learning_rate(step, config), skipped=progress.skipped[1].item(), ms=1000 * seconds,
+                samples_per_s=config.batch / seconds)
+            sums, start, since = 0, time.time(), progress.step
+        if progress.step % config.eval_every == 0 or progress.step == config.steps:
+            check_up(progress, learner, config, held_out, world, log)
+            start, since = time.time(), progress.step        # the next line's ms leaves this out
+        stop, bad = news()                                   # as all processes knew before this step
+        if bad >= PATIENCE:
+            last = f"step {progress.saved} is in {config.out}" if progress.saved else "there is none yet"
+            raise gr1.ModelError(f"no finite gradient in {bad:.0f} steps in a row, all skipped: try a "
+                                 f"smaller --lr; the last checkpoint: {last}")
+        if stop or STOP[0] and world.size == 1:
+            break
     bar.close()
+    log.close()
+    if progress.saved != progress.step:
+        save(config, learner, progress, world)
 
 
-def report(line, world, log):
-    """Print one line of figures and add it to log.jsonl."""
-    if world.main:
-        short = lambda v: str(v) if isinstance(v, int) else f"{v:.4g}"
-        world.print("  ".join(f"{name} {short(value)}" for name, value in line.items()))
-        log.write(json.dumps(line) + "\n")
-        log.flush()
+def check_up(progress, learner, config, held_out, world, log):
+    """Held-out losses, a sheet of held-out frames, checkpoints."""
+    figures, sheet = evaluate(learner, held_out, config, world)
+    log(progress.step, **figures)
+    loss = weighted({name[4:]: x for name, x in figures.items() if not name.endswith("_ratio")}, config)
+    if loss < progress.best:
+        progress.best = loss
+        if world.main:
+            save_model(os.path.join(config.out, "best"), config, learner.model, progress.step)
+    save(config, learner, progress, world)
+    if sheet is not None:
+        Image.fromarray(sheet).save(os.path.join(config.out, f"{progress.step:06d}.png"))
+
+
+def ask_to_stop(signum, frame):
+    """Handle Ctrl-C and SIGTERM: the run ends after the step it is in; asked twice, at once."""
+    STOP[0] = True
+    signal.signal(signum, signal.SIG_DFL)
+
+
+def train(config, changes, world):
+    """The whole run: data, model, steps."""
+    check_batch(config, world)
+    data, ids, *others = find_data(config, world)
+    config.resume = config.resume and can_resume(config, world)
+    model = build(config, changes, world)
+    places = int(np.maximum(1, data.lengths[ids] - model.config.window + 1).sum())
+    config.steps, config.epochs = config.steps or math.ceil(config.epochs * places / config.batch), 0.0
+    windows = training_windows(data, ids, config, model.config)
+    held_out = held_out_windows(*others, config, model.config, world)
+    if not config.resume:                                # no mistake of the user's comes later
+        make_room(config.out, world)
+    learner = equip(model, config, world)
+    progress = (load_resume(config, learner, world) if config.resume else
+                Progress(0, math.inf, torch.zeros(2, dtype=torch.int64, device=world.device)))
+    world.print(f"model: {json.dumps(dataclasses.asdict(model.config))}")
+    world.print(f"train: {json.dumps(dataclasses.asdict(config))}")
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    world.print(f"{parameters:,} trained parameters; {len(ids)} clips, {places:,} windows, "
+                f"{len(held_out.ids)} clips held out; {config.steps} steps of {config.batch} windows "
+                f"({config.steps * config.batch / places:.1f} epochs); {world.size} x {world.device.type}, "
+                f"{precision(config, world)}")
+    if world.main and not progress.step:
+        sheet = draw_batch(windows[0, 0, world.size * config.accumulate], model.config)
+        Image.fromarray(sheet).save(os.path.join(config.out, "first_batch.png"))
+    loader = batches(windows, range(progress.step, config.steps), config.accumulate, world, config.workers)
+    model.train()
+    run(progress, learner, loader, config, held_out, world)
+    world.print(f"done: {config.out}/model.safetensors" if progress.step == config.steps else
+                f"stopped: after step {progress.step}, as asked; --resume goes on with {config.out}")
 
 
 def main():
-    config, changes = parse()
+    config, changes, mode = parse()
+    for signum in signal.SIGINT, signal.SIGTERM:
+        signal.signal(signum, ask_to_stop if mode == "train" else signal.SIG_DFL)
     world = set_up()
-    data, ids, *held_out = find_data(config, world)
-    model = build(config, changes, world)
-    windows = int(np.maximum(1, data.lengths[ids] - model.config.window + 1).sum())
-    size = check_size(config, windows, world)
-    if not config.resume:
-        make_room(config.out, world)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, config.lr, (0.9, config.beta2),
-                                  weight_decay=config.weight_decay, fused=True)
-    first = load_resume(config, model, optimizer, world) if config.resume else 0
-    net = torch.compile(model) if config.compile else model
-    net = DistributedDataParallel(net, gradient_as_bucket_view=True) if world.size > 1 else net
-    bf16 = config.precision == "bf16" or config.precision == "auto" and world.device.type == "cuda"
-    autocast = torch.autocast(world.device.type, torch.bfloat16) if bf16 else nullcontext()
-
-    world.print(f"model: {json.dumps(dataclasses.asdict(model.config))}")
-    world.print(f"train: {json.dumps(dataclasses.asdict(config))}")
-    world.print(f"{sum(p.numel() for p in parameters):,} trained parameters; {len(ids)} clips, {windows:,} "
-                f"windows, {len(held_out[1])} clips held out; {config.steps} steps of {config.batch} windows "
-                f"({config.steps * config.batch / windows:.1f} epochs); {world.size} x {world.device.type}, "
-                f"{'bf16' if bf16 else 'fp32'}")
-    loader = batches(data, ids, model.config, size, first * config.accumulate,
-                     config.steps * config.accumulate, config, world)
-    model.train()
-    run(first, net, model, optimizer, loader, config, held_out, world, autocast)
-    world.print(f"done: {config.out}/model.safetensors")
+    if mode == "train":
+        train(config, changes, world)
+    else:
+        import bench                                     # here, for it imports this file
+        dict(bench=bench.bench, estimate=bench.estimate)[mode](sys.argv[1:], world)
     if world.size > 1:
         dist.destroy_process_group()
 
 
+# What torch says where a user can do something about it: a word of its message, and what to say instead.
+EXPLAINED = {"Connection closed by peer": "another process of this run has ended, see above",
+             "Connection reset by peer": "another process of this run has ended, see above",
+             "DataLoader worker": "a loader process was killed: if its memory or a container's shared memory "
+                                  "(--shm-size) ran out, try fewer --workers or a smaller --batch",
+             "out of memory": "out of memory: --accumulate N passes need less, or take a smaller --batch"}
+
 if __name__ == "__main__":
     try:
         main()
-    except (clips.ClipsError, gr1.ModelError) as problem:
+    except (clips.ClipsError, gr1.ModelError, OSError, RuntimeError) as problem:
+        known = isinstance(problem, (clips.ClipsError, gr1.ModelError, OSError))
+        said = [str(problem).strip().splitlines()[-1]] if known else [
+            words for word, words in EXPLAINED.items() if word in str(problem)]
+        if not said:
+            raise
         if int(os.environ.get("RANK", 0)):
-            time.sleep(5)                                # the first process says it, and torchrun ends all
-        sys.exit(f"error: {str(problem).strip().splitlines()[-1]}")    # the last line of a loader's traceback
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(10)                               # the first process says it, and torchrun ends all
+        sys.exit(f"error: {said[0]}")                    # the last line of a loader's traceback
