@@ -2546,7 +2546,8 @@ def test_no_file_imports_a_script():
         names = {name for node in ast.walk(ast.parse(path.read_text()))
                  if isinstance(node, (ast.Import, ast.ImportFrom))
                  for name in (getattr(node, "module", None), *(alias.name for alias in node.names))}
-        assert path.name == "test_model.py" or not names & scripts, path
+        timed = {"train"} if path.name == "bench.py" else set()           # whose very step it times
+        assert path.name == "test_model.py" or names & scripts <= timed, path
 
 
 def readme_problems(text):
