@@ -2210,6 +2210,9 @@ def test_training_benchmark(capsys):
         flops.append(report.call_args.args[5])
     assert 4 * 6 / 9 * 0.6 < alone[1] / alone[0] < 4 * 6 / 9 * 1.7          # 6 frames a window; 9 for four
     assert abs(flops[2][0] / flops[0][0] - 1) < 0.01 < abs(flops[1][0] / flops[0][0] - 1)
+    with mock.patch.object(bench, "bench", return_value=100.0):
+        text = run("train.py", "--estimate")[1]
+    assert "2.22 hours an epoch, 111.1 in all" in text and "3.89 hours an epoch, 77.8 in all" in text, text
     batch = lambda *flags: bench.settings(["--preset", "gr1", *flags], train.World())[0].batch
     assert (batch(), batch("--windows-per-clip", "10"), batch("--batch=512")) == (2, 10, 512)
 
