@@ -348,7 +348,8 @@ def play(job, world, policy, args):
     """Play one episode; job is (kind, task or None, seed)."""
     kind, task, seed = job
     if isinstance(policy, Baseline):
-        policy.seed([seed, 2])                                # not on what this worker has played before
+        # not on what this worker has played before; in CALVIN a chain's seed is but its number
+        policy.seed([args.seed, seed, 2] if args.policy == "random" else [seed, 2])
     before, start = collections.Counter(world.seconds), time.perf_counter()
     result = play_chain(world, policy, args, seed) if kind == "chain" else \
         play_single(world, policy, args, task, seed)
@@ -558,6 +559,8 @@ def settings(args):
                           "depend on timing" if args.serve else "a model for each worker, on cpu")
     if args.policy == "model":
         said["checkpoint"] = fingerprint(args.checkpoint)
+        said |= {name: digest(pathlib.Path(path)) if path != "none" else "none: random weights"
+                 for name, path in (("MAE", args.mae), ("CLIP", args.clip)) if path}
     if args.policy == "untrained":
         said["preset"] = args.preset
     if args.env == "tabletop":
@@ -572,12 +575,17 @@ def settings(args):
 def fingerprint(checkpoint):
     """What tells a checkpoint of train.py's or a file of the authors' from any other."""
     path = pathlib.Path(checkpoint)
-    with open(path / "model.safetensors" if path.is_dir() else path, "rb") as file:
-        digest = hashlib.sha256()
-        while part := file.read(1 << 24):
-            digest.update(part)
     step = gr1.read_config(checkpoint).get("step")
-    return f"{'' if step is None else f'step {step}, '}sha256 {digest.hexdigest()[:16]}"
+    content = digest(path / "model.safetensors" if path.is_dir() else path)
+    return f"{'' if step is None else f'step {step}, '}{content}"
+
+
+def digest(path):
+    content = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 24):
+            content.update(part)
+    return f"sha256 {content.hexdigest()[:16]}"
 
 
 def jobs_of(said):
@@ -619,7 +627,6 @@ def begin(args, said):
     file = open_alone(path)
     if not args.resume and path.read_bytes().count(b"\n") > 1:
         make_room(path.parent)
-        path.parent.mkdir()
         file = open_alone(path)
     if not args.resume:
         file.truncate(0)                                       # settings without an episode, at most
@@ -648,9 +655,13 @@ def open_alone(path):
 
 
 def make_room(directory):
-    """Move an earlier run aside, as train.py does, so that nothing is overwritten."""
+    """Move what an earlier run wrote aside, so that nothing is overwritten; other files stay."""
     n = next(n for n in itertools.count(1) if not pathlib.Path(f"{directory}.{n}").exists())
-    directory.rename(f"{directory}.{n}")
+    aside = pathlib.Path(f"{directory}.{n}")
+    aside.mkdir()
+    for name in ("report.md", "report.json", "*-[0-9][0-9][0-9].gif", "episodes.jsonl"):
+        for path in directory.glob(name):
+            path.rename(aside / path.name)
     print(f"out: the run that was in {directory} is now in {directory}.{n} (--resume would have gone on with "
           "it)", file=sys.stderr)
 
@@ -690,11 +701,17 @@ def merge(args):
     if max(count.values(), default=0) > 1:
         raise gr1.ModelError(f"{sum(n > 1 for n in count.values())} episodes are there twice, such as "
                              f"{max(count, key=count.get)}: give each shard once")
+    if not results:
+        raise gr1.ModelError(f"{', '.join(args.merge)}: no episode was finished yet")
     path = pathlib.Path(args.out) / "episodes.jsonl"
-    if path.exists() and not set(map(key, read_episodes(args.out)[1])) <= set(count):
-        raise gr1.ModelError(f"{args.out} holds episodes of another run: choose another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
-    clips.write_whole(path, b"".join(map(to_line, [dict(settings=said), *results])))
+    with open_alone(path):
+        if path.stat().st_size:
+            before, there = read_episodes(args.out)
+            check_same(before, said, args.out)
+            if not set(map(key, there)) <= set(count):
+                raise gr1.ModelError(f"{args.out} holds episodes that these don't: choose another --out")
+        clips.write_whole(path, b"".join(map(to_line, [dict(settings=said), *results])))
     return said, results
 
 
@@ -716,7 +733,8 @@ def report(args, said, results):
     results = sorted(results, key=lambda r: (r["kind"], str(r.get("task")), r["seed"]))
     figures = summarise(results)
     header = dict(title=title(said, results)) | {name: value for name, value in said.items() if name != "env"}
-    if said["env"] == "calvin" and said["policy"] == "model" and said["chains"]:
+    if said["env"] == "calvin" and said["policy"] == "model" and said["chains"] \
+            and said["steps an instruction"] == calvin.STEPS and "shuffled" not in said["language"]:
         figures["paper"] = PAPER_UNSEEN if said["language"].startswith("unseen") else PAPER
     time_spent = timing(results, said["steps an instruction"])
     header |= {"steps": time_spent["steps"], "steps a second of a process": time_spent["steps_per_second"],

@@ -14,6 +14,7 @@ In order: play, recording, looking, main.
 """
 import difflib
 import io
+import itertools
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -166,8 +167,8 @@ def seed_of(args, index):
 
 
 def search(index, scene, args):
-    """A shard's demonstrations, --each of each of --tasks, physics alone: -> [(task, poses, rows_of it)] and,
-    of all that was tried on the way, {task: [steps, or None where it failed]}."""
+    """A shard's demonstrations, --each of each of --tasks, physics alone: -> [(session, task, poses, rows_of
+    it)] and, of all that was tried on the way, {task: [steps, or None where it failed]}."""
     quiet()
     world, counts, found, tried = calvin.Calvin(scene, None), Counter(), [], {}
     wanted, seed = Counter(args.tasks * args.each), seed_of(args, index)
@@ -177,7 +178,7 @@ def search(index, scene, args):
             tried.setdefault(demo.task, []).append(len(demo.steps) - 1 if demo.done else None)
             if demo.done and wanted[demo.task] > 0:
                 wanted[demo.task] -= 1
-                found.append((demo.task, [step.pose for step in demo.steps], rows_of(demo)))
+                found.append((session, demo.task, [step.pose for step in demo.steps], rows_of(demo)))
         if not +wanted:
             break
     else:
@@ -193,19 +194,19 @@ def draw(index, scene, args, searched):
     world, rng = calvin.Calvin(scene, args.renderer), np.random.default_rng([seed_of(args, index), 2])
     found, tried = searched
     with WRITERS[args.format](args, index, scene) as writer:
-        for task, poses, rows in found:
+        for session, task, poses, rows in found:
             pictures = [draw_pose(world, pose) for pose in poses]
             frames = {camera: np.stack([smaller(x[camera], size) for x in pictures])
                       for camera, size in zip(pictures[0], args.sizes)}
-            writer.add(task, str(rng.choice(calvin.SENTENCES[task]["training"])), frames, *rows)
+            writer.add(session, task, str(rng.choice(calvin.SENTENCES[task]["training"])), frames, *rows)
     return tried
 
 
 def smaller(picture, size):
-    """A square picture in `size` pixels a side."""
+    """A square picture in `size` pixels a side, made smaller as the policy makes what it sees."""
     if len(picture) == size:
         return picture
-    return np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BILINEAR))
+    return np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BICUBIC))
 
 
 def rows_of(demo):
@@ -223,13 +224,12 @@ class ClipWriter:
 
     def __init__(self, args, index, scene):
         self.shard = clips.ShardWriter(args.out, index, ["rgb_static", "rgb_gripper"])
-        self.args, self.episode = args, index * 10**6
+        self.args, self.first = args, index * SESSIONS
 
-    def add(self, task, sentence, frames, robot_obs, scene_obs, executed, achieved):
+    def add(self, session, task, sentence, frames, robot_obs, scene_obs, executed, achieved):
         rows = executed if self.args.actions == "executed" else achieved
-        self.shard.add(frames=frames, sentence=sentence, task=task, episode=self.episode,
+        self.shard.add(frames=frames, sentence=sentence, task=task, episode=self.first + session,
                        robot_obs=robot_obs.astype(np.float32), rel_actions=rows.astype(np.float32))
-        self.episode += 1
 
     def __enter__(self):
         self.shard.__enter__()
@@ -248,11 +248,11 @@ class CalvinWriter:
 
     def __init__(self, args, index, scene):
         self.out, self.next, self.segments = home(args), index * self.FRAMES, []
-        self.scene = scene
+        self.scene, self.first = scene, index * SESSIONS
         self.note = self.out / "segments" / f"{index:05d}.json"
         self.note.parent.mkdir(parents=True, exist_ok=True)
 
-    def add(self, task, sentence, frames, robot_obs, scene_obs, executed, achieved):
+    def add(self, session, task, sentence, frames, robot_obs, scene_obs, executed, achieved):
         first, n = self.next, len(robot_obs) - 1               # this format has an action for every frame
         rows = dict(robot_obs=robot_obs, scene_obs=scene_obs, rel_actions=achieved, executed_actions=executed,
                     actions=np.concatenate([robot_obs[1:, :6], executed[:-1, 6:]], axis=1), **frames)
@@ -260,7 +260,7 @@ class CalvinWriter:
             np.savez_compressed(self.out / f"episode_{first + t:07d}.npz",
                                 **{key: values[t] for key, values in rows.items()})
         self.segments.append(dict(first=first, last=first + n - 1, task=task, sentence=sentence,
-                                  scene=self.scene))
+                                  scene=self.scene, session=self.first + session))
         self.next += n
 
     def __enter__(self):
@@ -312,15 +312,20 @@ def replay(scene, out):
 
 
 def finish_calvin(out):
-    """Write what makes the frames in `out` a CALVIN data set: recordings (one a demo), annotations."""
+    """Write what makes the frames in `out` a CALVIN data set: recordings (one a session), annotations. What
+    only CALVIN's own loaders ask for is not there: statistics.yaml, scene_info.npy, .hydra/."""
     segments = read_segments(out)
+    if not segments:
+        raise calvin.CalvinError(f"{out}: no demonstration was found in any session of play")
     pairs = np.array([(segment["first"], segment["last"]) for segment in segments])
+    sessions = [list(each) for _, each in itertools.groupby(segments, key=lambda segment: segment["session"])]
+    recordings = np.array([(each[0]["first"], each[-1]["last"]) for each in sessions])
     annotations = dict(                    # without CALVIN's "emb": the sentences in MiniLM's vectors
         language=dict(ann=[segment["sentence"] for segment in segments],
                       task=[segment["task"] for segment in segments]),
         info=dict(indx=[tuple(pair) for pair in pairs.tolist()], episodes=[]))
     (out / "lang_annotations").mkdir(exist_ok=True)
-    for path, content in ((out / "ep_start_end_ids.npy", pairs),
+    for path, content in ((out / "ep_start_end_ids.npy", recordings),
                           (out / "lang_annotations/auto_lang_ann.npy", annotations)):
         file = io.BytesIO()
         np.save(file, content, allow_pickle=True)              # CALVIN's format has a pickle here
@@ -397,11 +402,13 @@ def in_processes(functions, jobs, workers):
                     process.join()
                     raise calvin.CalvinError(f"a process died (exit status {process.exitcode}), what it said "
                                              "stands above; finished shards are kept: run it again") from None
-                process.join()
                 if stage + 1 == len(functions):
                     yield job, result
                 else:
                     todo.append((job, stage + 1, (result,)))
+                process.join(10)                               # EGL may hang in its own end
+                process.terminate()
+                ours.close()
     finally:
         for process, _, _ in running.values():
             process.terminate()
@@ -513,6 +520,9 @@ def parse():
         parser.error("--demos, --each, --play and --workers must be 1 or more, --seed 0 or more")
     if not args.measure and args.out is None and args.replay is None:
         parser.error("--out DIR says where to record, --measure only looks how well the expert does")
+    never = [task for task in args.tasks if not calvin.conditions_for(task)]
+    if args.play == 1 and never and not args.measure:
+        parser.error(f"--play 1: {never[0]} can't be the first thing done, it starts where another task ends")
     if min(args.sizes) < 1 or (args.format == "calvin" and args.sizes != SIZES):
         parser.error("--sizes must be 1 or more; CALVIN's files have CALVIN's own, 200 84")
     if args.format == "calvin" and args.each * len(args.tasks) * (calvin.STEPS + 4) > CalvinWriter.FRAMES:

@@ -1857,7 +1857,12 @@ def test_killed_and_sharded_runs_give_the_straight_report(tmp_path, monkeypatch)
     assert judge("one", "--merge", directories[0])["title"].startswith("PARTIAL (3 of 5")
     assert figures(judge("again", "--merge", tmp_path / "all")) == figures(straight)       # a merge is a run
     assert fails_in_one_line("eval_calvin.py", "--merge", directories[0], "--out", directories[1],
-                             words=["part2", "another run"])
+                             words=["part2", "episodes that these don't"])
+    judge("other", *play, "--seed", 3)
+    assert fails_in_one_line("eval_calvin.py", "--merge", *directories, "--out", tmp_path / "other",
+                             words=["other was played with", "seed 3"])
+    (tmp_path / "other/episodes.jsonl").write_bytes(lines[0])              # killed in its first minute
+    assert fails_in_one_line("eval_calvin.py", "--merge", tmp_path / "other", words=["no episode was"])
     out = ["--out", tmp_path / "no"]
     assert fails_in_one_line("eval_calvin.py", "--merge", *directories, directories[0], *out, words=["twice"])
     assert fails_in_one_line("eval_calvin.py", *play, "--seed", 3, "--resume", "--out", tmp_path / "all2",
@@ -1876,7 +1881,9 @@ def test_nothing_played_is_lost(tmp_path, monkeypatch, capsys):
     file.write(eval_calvin.to_line(dict(kind="chain", seed=0)))
     file.close()
     first = path.read_bytes()
+    (tmp_path / "a/model.safetensors").write_bytes(b"not evaluation's")
     results, file = eval_calvin.begin(args, said)                                      # --resume forgotten
+    assert (tmp_path / "a/model.safetensors").exists()
     assert results == [] and (tmp_path / "a.1/episodes.jsonl").read_bytes() == first
     assert "--resume would have gone on" in capsys.readouterr().err
     for args.resume in False, True:
@@ -2103,6 +2110,9 @@ def test_recorded_demonstrations_are_packed_and_replayed(tmp_path):
     for _ in range(2):                                                     # the second finds all done
         status, text = run_apart(*record)
         assert status == 0 and "2 demonstrations" in text, text
+    notes = [json.loads(note.read_text()) for note in (raw / "training/segments").glob("*.json")]
+    sessions = {segment["session"] for note in notes for segment in note}
+    assert len(np.load(raw / "training/ep_start_end_ids.npy")) == len(sessions)       # never parted by a split
     status, text = run("record_calvin.py", "--replay", raw / "training", "--workers", 1)
     assert status == 0 and "scene B: 2 of 2" in text, text
     for actions in "rel_actions", "executed_actions":
@@ -2531,6 +2541,7 @@ def test_commands_say_what_is_wrong(tabletop_data, checkpoints, tmp_path):
             (["record_calvin.py"], ["--out"]),
             (["record_calvin.py", "--out", out, "--tasks", "open_draw"], ["open_draw", "open_drawer"]),
             (["record_calvin.py", "--out", out, "--scenes", "E"], ["--scenes", "ABCD"]),
+            (["record_calvin.py", "--out", out, "--play", 1], ["--play 1", "another task ends"]),
             ([*judge, "--seed", -1], ["--seed", "0 or more"]),
             ([*look, "--instruction", " "], ["instruction", "empty"]),
             ([*judge, "--checkpoint", tmp_path / "nowhere"], ["nowhere", "train.py"]),
