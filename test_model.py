@@ -2112,7 +2112,7 @@ def test_recorded_demonstrations_are_packed_and_replayed(tmp_path):
         assert status == 0 and "2 demonstrations" in text, text
     notes = [json.loads(note.read_text()) for note in (raw / "training/segments").glob("*.json")]
     sessions = {segment["session"] for note in notes for segment in note}
-    assert len(np.load(raw / "training/ep_start_end_ids.npy")) == len(sessions)       # never parted by a split
+    assert len(np.load(raw / "training/ep_start_end_ids.npy")) == len(sessions)   # never parted by a split
     status, text = run("record_calvin.py", "--replay", raw / "training", "--workers", 1)
     assert status == 0 and "scene B: 2 of 2" in text, text
     for actions in "rel_actions", "executed_actions":
