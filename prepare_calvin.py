@@ -26,10 +26,12 @@ import datetime
 import functools
 import io
 import json
+import math
 import multiprocessing
 import os
 import pathlib
 import pickle
+import re
 import shlex
 import sys
 import zipfile
@@ -148,18 +150,71 @@ def open_source(path):
     raise clips.ClipsError(f"{path} is neither a directory nor a .zip: no CALVIN data set")
 
 
-class SafeUnpickler(pickle.Unpickler):
-    """Builds arrays, dicts, lists, tuples, strings and numbers. A pickle runs code by naming what to call:
-    if it names anything but numpy's constructors it is refused, before any call."""
+class PlainType:
+    """Stands for a dtype of numbers, strings or objects; of its state only the byte order counts."""
+    __slots__ = "dtype"
 
-    ALLOWED = {("numpy", "ndarray"), ("numpy", "dtype"),
-               ("numpy.core.multiarray", "_reconstruct"), ("numpy.core.multiarray", "scalar"),      # numpy 1
-               ("numpy._core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "scalar")}    # numpy 2
+    def __init__(self, spec, align, copy):
+        if not re.fullmatch("[biufSU][0-9]+|O8?", spec):
+            raise clips.ClipsError(f"refused, for it has the dtype {spec[:20]!r}, which no annotation needs")
+        self.dtype = np.dtype(spec)
+
+    def __setstate__(self, state):
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class PlainArray(np.ndarray):
+    """An array that takes from a pickle what its type and shape ask for, not a value or byte more or less.
+
+    numpy checks neither how long a list is nor, in time, how long the shape: it reads on past their ends.
+    """
+
+    def __setstate__(self, state):
+        _, shape, plain, fortran, values = state
+        if type(plain) is not PlainType or type(shape) is not tuple \
+                or len(shape) > 8 or not all(type(n) is int and n >= 0 for n in shape):
+            raise clips.ClipsError("refused, for an array in it has an odd type or shape")
+        kind, size = (list, 1) if plain.dtype == object else (bytes, plain.dtype.itemsize)
+        if type(values) is not kind or len(values) != math.prod(shape) * size:
+            raise clips.ClipsError("refused, for an array in it does not hold what its type and shape say")
+        super().__setstate__((1, shape, plain.dtype, bool(fortran), values))
+
+
+def empty_array(*_):
+    """Stands for numpy's _reconstruct: an array whose state is to follow."""
+    return np.empty(0).view(PlainArray)
+
+
+def array_from_bytes(values, plain, shape, order):
+    """Stands for numpy's _frombuffer, how protocol 5 stores an array of numbers."""
+    array = empty_array()
+    array.__setstate__((1, shape, plain, dict(C=False, F=True)[order], bytes(values)))
+    return array
+
+
+def scalar_from_bytes(plain, values):
+    """Stands for numpy's scalar; bytes are no object, so PlainArray refuses those."""
+    return array_from_bytes(values, plain, (), "C")[()]
+
+
+class SafeUnpickler(pickle.Unpickler):
+    """Builds dicts, lists, tuples, strings, numbers, and numpy's scalars and arrays of these.
+
+    A pickle runs code by naming what to call: if it names anything but numpy's constructors it is refused,
+    before any call. Nor are numpy's own called, for they believe the file: if it says of a dtype of objects
+    that it holds no pointers, they take raw bytes for pointers. What is above stands in for them and checks.
+    No class of arrays is given out (its name is but an argument): it would show uninitialised memory.
+    """
+    STAND_INS = {("numpy", "ndarray"): None, ("numpy", "dtype"): PlainType,
+                 ("numpy.core.multiarray", "_reconstruct"): empty_array,
+                 ("numpy.core.multiarray", "scalar"): scalar_from_bytes,
+                 ("numpy.core.numeric", "_frombuffer"): array_from_bytes}
 
     def find_class(self, module, name):
-        if (module, name) not in self.ALLOWED:
-            raise clips.ClipsError(f"refused, for it names {module}.{name}, which no annotation needs")
-        return super().find_class(module, name)
+        key = module.replace("numpy._core.", "numpy.core."), name              # numpy 2's and numpy 1's
+        if key not in self.STAND_INS:
+            raise clips.ClipsError(f"refused, for it names {f'{module}.{name}'!r}, which no annotation needs")
+        return self.STAND_INS[key]
 
 
 def load_annotations(source, name):
@@ -177,7 +232,7 @@ def load_annotations(source, name):
     except clips.ClipsError as error:
         raise clips.ClipsError(f"{path}: {error}") from None
     except (OSError, pickle.UnpicklingError, AttributeError, IndexError, KeyError, TypeError, ValueError,
-            MemoryError, OverflowError, RecursionError, *DAMAGED) as error:
+            MemoryError, OverflowError, RecursionError, SystemError, *DAMAGED) as error:
         raise clips.ClipsError(f"{path} is not a CALVIN annotation ({error!r}): download it again") from None
     if not len(sentences) == len(tasks) == len(pairs):
         raise clips.ClipsError(f"{path}: {len(sentences)} sentences, {len(tasks)} tasks, {len(pairs)} pairs")

@@ -145,6 +145,16 @@ class Bomb:
         return os.mkdir, (self.path,)
 
 
+class Reduced:
+    """Pickled, it says: call this with that, then set this state."""
+
+    def __init__(self, *reduced):
+        self.reduced = reduced
+
+    def __reduce__(self):
+        return self.reduced
+
+
 # ------------------------------------------------------------------------------------------ model.py
 
 def test_token_table():
@@ -1031,6 +1041,68 @@ def test_malicious_annotation_is_refused(tmp_path):
         bomb.rmdir()
         assert fails_in_one_line("prepare_calvin.py", split.parent, tmp_path, words=[str(path), "refused"])
         assert not bomb.exists()
+
+
+RECONSTRUCT, SCALAR, FROM_BUFFER = (                    # numpy's constructors, wherever this numpy has them
+    x.__reduce_ex__(5)[0] for x in (np.array(None), np.int64(1), np.zeros(1)))
+
+
+def test_forged_arrays_are_refused(tmp_path):
+    """Catches numpy's own constructors let loose on a file: what it says of a dtype makes bytes pointers."""
+    split, four = make_calvin(tmp_path / "raw/training", []), b"\x41" * 32
+    path = split / "lang_annotations/auto_lang_ann.npy"
+    dtype = lambda spec, *state, flags=0: Reduced(np.dtype, (spec, False, True), (3, *state, flags))
+    array = lambda *state: Reduced(RECONSTRUCT, (np.ndarray, (0,), b"b"), (1, *state))
+    objects, numbers = (dtype(spec, "<", None, None, None, -1, -1) for spec in ("O8", "i8"))
+    true = dtype("O8", "|", None, None, None, -1, -1, flags=63)      # honest; flags 0 says: holds no pointers
+    fields = dtype("V8", "|", None, ("f",), dict(f=(np.dtype(object), 0)), 8, 1)
+    letter = dtype("U1", "<", None, None, None, 4, 4)
+    forged = dict(
+        objects=array((4,), objects, False, four), fields=array((4,), fields, False, four),
+        short_list=array((4096,), true, False, [0]), scalar=Reduced(SCALAR, (objects, four[:8])),
+        short=array((5,), numbers, False, four), negative=array((-2, -2), numbers, False, four),
+        deep=array((1,) * 4096, numbers, False, four[:8]),
+        buffer=Reduced(FROM_BUFFER, (four, objects, (4,), "C")),
+        rebuilt=Reduced(FROM_BUFFER, (four, numbers, (4,), "C"), (1, (4,), objects, False, four)),
+        uninitialised=Reduced(np.ndarray, ((4,), "f8")), letter=Reduced(SCALAR, (letter, four[:4])))
+    for name, ann in forged.items():
+        content = np.array(dict(language=dict(ann=ann, task=[]), info=dict(indx=[])), object)
+        (tmp_path / name).write_bytes(HEADER + pickle.dumps(content, 4))
+    check = """if True:
+        import pathlib, sys, clips, prepare_calvin
+        for name in sys.argv[2:]:
+            try:
+                prepare_calvin.load_annotations(prepare_calvin.Folder(pathlib.Path(sys.argv[1])), name)
+            except clips.ClipsError as error:
+                print(error)"""
+    ended = subprocess.run([sys.executable, "-c", check, tmp_path, *forged], cwd=ROOT, capture_output=True,
+                           text=True)                       # apart, for a failure would end pytest too
+    lines = ended.stdout.splitlines()
+    assert ended.returncode == 0 and len(lines) == len(forged), (ended, lines)
+    for name, line in zip(forged, lines):
+        assert str(tmp_path / name) in line, line
+        assert name in ("uninitialised", "letter") or "refused" in line, line
+    path.write_bytes((tmp_path / "objects").read_bytes())
+    assert fails_in_one_line("prepare_calvin.py", split.parent, tmp_path, words=[str(path), "refused"])
+
+
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_annotations_load_as_they_were(tmp_path, protocol):
+    """Catches a way to write CALVIN's annotations, or an array in them, that is refused or read otherwise."""
+    emb, pairs = np.random.default_rng(0).random((2, 1, 384), np.float32), [(3, 60), (64, 2**40)]
+    for indx in (pairs, [np.array(x) for x in pairs], np.array(pairs), np.array(pairs, ">i8"),
+                 [tuple(np.int64(x)) for x in pairs], np.asfortranarray(pairs), np.array(pairs, object)):
+        for ann in ["lift it", "\u00e9\u20ac"], [np.str_("lift it"), np.str_("")], np.array(["lift", "it"]):
+            language = dict(ann=ann, task=np.array(["a", "b"], object), emb=emb)
+            content = HEADER + pickle.dumps(
+                np.array(dict(language=language, info=dict(indx=indx, episodes=[])), object), protocol)
+            (tmp_path / "ann.npy").write_bytes(content)
+            source = prepare_calvin.Folder(tmp_path)
+            sentences, tasks, found = prepare_calvin.load_annotations(source, "ann.npy")
+            assert (sentences, tasks, found.tolist()) == (list(ann), ["a", "b"], [list(x) for x in pairs])
+    for array in emb, emb[:0], emb.T, emb[::-1], np.array([True]), np.array([b"ab"]), np.array(7.0, ">f2"):
+        loaded = prepare_calvin.SafeUnpickler(io.BytesIO(pickle.dumps(array, protocol))).load()
+        assert loaded.dtype == array.dtype.newbyteorder("=") and np.array_equal(loaded, array)
 
 
 def test_calvin_user_errors(tmp_path):
