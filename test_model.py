@@ -1900,6 +1900,13 @@ runpy.run_path(last[0], run_name="__main__")
 """
 
 
+def descendants(pid):
+    """The processes that a process started, and those that they did (where there is a /proc)."""
+    children = [int(child) for file in pathlib.Path(f"/proc/{pid}/task").glob("*/children")
+                for child in file.read_text().split()]
+    return children + [other for child in children for other in descendants(child)]
+
+
 def torchrun(processes, *commands):
     """Start command lines of `training` by torchrun, one after the other: Popen."""
     commands = [[str(ROOT / command[0]), *map(str, command[1:])] for command in commands]
@@ -1941,7 +1948,8 @@ def two_processes(tabletop_data, tmp_path_factory):
     told = torchrun(2, long("told"))
     try:
         assert any("step 2  arm" in line for line in told.stdout)
-        told.send_signal(signal.SIGTERM)
+        for process in descendants(told.pid) + [told.pid]:    # as a queue does; torchrun passes it on, too
+            os.kill(process, signal.SIGTERM)
         first = told.communicate(timeout=120)
     finally:
         told.kill()
@@ -1981,8 +1989,8 @@ def test_two_processes_meet_what_is_wrong(two_processes):
 
 
 def test_two_processes_that_are_told_to_stop(two_processes):
-    """Catches a SIGTERM by which torchrun kills loader workers, loses steps or ends in failure; a resumed run
-    that ends elsewhere.
+    """Catches a SIGTERM to all processes at once, and again by torchrun, that kills loader workers, loses steps
+    or ends in failure; a resumed run that ends elsewhere.
     """
     folder, (status, text, errors), _ = two_processes
     assert status == 0 and "stopped: after step" in text and "Traceback" not in errors, text + errors
@@ -2059,6 +2067,7 @@ def test_schedule_and_the_papers_settings():
     assert (config.batch, config.lr, config.epochs, config.warmup) == (64, 1e-3, 30, 1 / 30)
     config, changes, _ = train.parse("--preset gr1 --future-step 5".split())
     assert changes == dict(future=5) and gr1.preset_config("gr1", **changes).future == 5
+    assert "{'" not in run("train.py", "--help")[1]      # a % of a field's comment would print all of it
     config, changes, _ = train.parse("--preset gr1 --steps 7 --lr 0.5 --chunk 10 --no-video".split())
     assert (config.steps, config.epochs, config.lr, changes) == (7, 0, 0.5, dict(chunk=10, video=False))
 

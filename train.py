@@ -109,7 +109,7 @@ PRESETS = {
 PRESETS["real", "pretrain"] = PRESETS["gr1", "pretrain"]         # paper, real robot: batch and epochs differ
 PRESETS["real", "finetune"] = PRESETS["gr1", "finetune"] | dict(batch=64, epochs=30, warmup=1 / 30)
 PATIENCE = 10                    # steps in a row whose gradients may be infinite
-STOP = [False]                   # set by Ctrl-C and SIGTERM
+STOP = []                        # when Ctrl-C and SIGTERM came [s]
 # Model settings worth a flag of their own; --model KEY=VALUE reaches the others (see model.GR1Config).
 MODEL_FLAGS = {
     "--window": ("window", dict(type=int, help="timesteps that the model sees")),
@@ -131,7 +131,7 @@ def parse(argv=None):
                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     comments = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", pathlib.Path(__file__).read_text(), re.M))
     for f in dataclasses.fields(TrainConfig):
-        flag, about = "--" + f.name.replace("_", "-"), comments.get(f.name, " ")
+        flag, about = "--" + f.name.replace("_", "-"), comments.get(f.name, " ").replace("%", "%%")
         if f.type is bool:
             parser.add_argument(flag, action="store_true", help=about)
         else:
@@ -293,7 +293,12 @@ def batches(windows, steps, passes, world, workers):
 
 
 def leave_group(worker):
-    os.setsid()                  # a terminal's Ctrl-C, or torchrun's SIGTERM, is for the run to obey
+    """A terminal's Ctrl-C, or a queue's SIGTERM to every process, is for the run to obey, which then ends its
+    loader's workers.
+    """
+    os.setsid()
+    if signal.getsignal(signal.SIGTERM) is ask_to_stop:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def to_device(batch, device):
@@ -615,7 +620,7 @@ def train_step(step, learner, loader, config, world, skipped):
         group["lr"] = learning_rate(step, config)
     share = [to_device(next(loader), world.device) for _ in range(config.accumulate)]
     counts = sum(gr1.count_targets(batch) for batch in share) / config.accumulate
-    *counts, stop = world.mean(torch.cat([counts, counts.new_full((1,), float(STOP[0]))]))
+    *counts, stop = world.mean(torch.cat([counts, counts.new_full((1,), float(bool(STOP)))]))
     news = Later(torch.stack([stop, skipped[0].float()]))
     figures = {}
     for i, batch in enumerate(share):
@@ -665,7 +670,7 @@ def run(progress, learner, loader, config, held_out, world):
             last = f"step {progress.saved} is in {config.out}" if progress.saved else "there is none yet"
             raise gr1.ModelError(f"no finite gradient in {bad:.0f} steps in a row, all skipped: try a "
                                  f"smaller --lr; the last checkpoint: {last}")
-        if stop or STOP[0] and world.size == 1:
+        if stop or STOP and world.size == 1:
             break
     bar.close()
     log.close()
@@ -688,9 +693,13 @@ def check_up(progress, learner, config, held_out, world, log):
 
 
 def ask_to_stop(signum, frame):
-    """Handle Ctrl-C and SIGTERM: the run ends after the step it is in; asked twice, at once."""
-    STOP[0] = True
-    signal.signal(signum, signal.SIG_DFL)
+    """Handle Ctrl-C and SIGTERM: the run ends after the step it is in; asked again after 5 s, at once. (What a
+    queue or a terminal sends to all processes comes a second time, at the same moment, by torchrun.)
+    """
+    STOP.append(time.monotonic())
+    if STOP[-1] - STOP[0] > 5:
+        signal.signal(signum, signal.SIG_DFL)
+        os.kill(os.getpid(), signum)
 
 
 def train(config, changes, world):
@@ -720,7 +729,10 @@ def train(config, changes, world):
         Image.fromarray(sheet).save(os.path.join(config.out, "first_batch.png"))
     loader = batches(windows, range(progress.step, config.steps), config.accumulate, world, config.workers)
     model.train()
-    run(progress, learner, loader, config, held_out, world)
+    try:
+        run(progress, learner, loader, config, held_out, world)
+    finally:                     # workers heed no SIGTERM, and an error's traceback would keep their loader
+        getattr(loader, "_shutdown_workers", lambda: None)()
     world.print(f"done: {config.out}/model.safetensors" if progress.step == config.steps else
                 f"stopped: after step {progress.step}, as asked; --resume goes on with {config.out}")
 
