@@ -1948,7 +1948,7 @@ def two_processes(tabletop_data, tmp_path_factory):
     told = torchrun(2, long("told"))
     try:
         assert any("step 2  arm" in line for line in told.stdout)
-        for process in descendants(told.pid) + [told.pid]:    # as a queue does; torchrun passes it on, too
+        for process in descendants(told.pid) + [told.pid]:     # as a queue does; torchrun passes it on
             os.kill(process, signal.SIGTERM)
         first = told.communicate(timeout=120)
     finally:
@@ -1989,8 +1989,8 @@ def test_two_processes_meet_what_is_wrong(two_processes):
 
 
 def test_two_processes_that_are_told_to_stop(two_processes):
-    """Catches a SIGTERM to all processes at once, and again by torchrun, that kills loader workers, loses steps
-    or ends in failure; a resumed run that ends elsewhere.
+    """Catches a SIGTERM to all processes at once, and again by torchrun, that kills loader workers, loses
+    steps or ends in failure; a resumed run that ends elsewhere.
     """
     folder, (status, text, errors), _ = two_processes
     assert status == 0 and "stopped: after step" in text and "Traceback" not in errors, text + errors
@@ -2047,6 +2047,8 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     assert refused("cannot write.*No space left.*whole", gr1.save_checkpoint, tmp_path, model)
     assert (tmp_path / "model.safetensors").read_bytes() == before
     assert not list(tmp_path.glob("*.tmp"))
+    monkeypatch.setattr(gr1, "save_file", mock.Mock(side_effect=OSError))            # an error without words
+    assert refused("cannot write.*OSError.*whole", gr1.save_checkpoint, tmp_path, model)
 
 
 def test_schedule_and_the_papers_settings():
@@ -2130,6 +2132,14 @@ def test_commands_say_what_is_wrong(tabletop_data, checkpoints, tmp_path):
             ([*start, "--batch", 5, "--accumulate", 2], ["--batch 5", "multiple of 2"]),
             ([*start, "--log-every", 0], ["--log-every", "0"]),
             ([*start, "--epochs", -1], ["--epochs", "at least 0"]),
+            ([*start, "--lr", -1], ["--lr", "at least 0", "-1"]),
+            ([*start, "--beta2", 1], ["--beta2", "below 1"]),
+            ([*start, "--weight-decay", -0.5], ["--weight-decay", "at least 0", "-0.5"]),
+            ([*start, "--seed", -1], ["--seed", "at least 0", "-1"]),
+            ([*start, "--shift", -0.5], ["--shift", "at least 0", "-0.5"]),
+            ([*start, "--clip-grad", 0], ["--clip-grad", "above 0"]),
+            ([*start, "stage=1"], ["stage"]),
+            ([*start, "name=1"], ["name"]),
             ([*start, "--bench", "--estimate"], ["--bench", "--estimate"]),
             ([*start, "--data-fraction", 1.5], ["--data-fraction", "1.5"]),
             ([*start, "--precision", "fp17"], ["fp17", "bf16"]),

@@ -120,7 +120,7 @@ MODEL_FLAGS = {
     "--action-activation": ("action_activation", dict(action="store_true", help="ReLU in the action head")),
 }
 LEAST = dict(accumulate=1, windows_per_clip=1, log_every=1, eval_every=1, eval_batches=1, batch=1, steps=0,
-             epochs=0)
+             epochs=0, seed=0, lr=0, weight_decay=0, shift=0, video_steps=0, workers=-1)
 
 
 def parse(argv=None):
@@ -165,10 +165,14 @@ def parse(argv=None):
         if getattr(config, key) == getattr(TrainConfig, key) and not chosen:
             setattr(config, key, value)
     for key, least in LEAST.items():
-        if getattr(config, key) < least:
+        if not getattr(config, key) >= least:            # nor NaN
             parser.error(f"--{key.replace('_', '-')} must be at least {least}, got {getattr(config, key)}")
     if not 0 < config.data_fraction <= 1:
         parser.error(f"--data-fraction must be above 0 and at most 1, got {config.data_fraction}")
+    if not config.clip_grad > 0:
+        parser.error(f"--clip-grad must be above 0, got {config.clip_grad}; inf: the gradient as it is")
+    if not 0 <= config.beta2 < 1:
+        parser.error(f"--beta2 must be at least 0 and below 1, got {config.beta2}")
     for package in "wandb", "tensorboard":
         if getattr(config, package) and not importlib.util.find_spec(package):
             parser.error(f"--{package} needs the package {package}: pip install {package}")
@@ -693,8 +697,8 @@ def check_up(progress, learner, config, held_out, world, log):
 
 
 def ask_to_stop(signum, frame):
-    """Handle Ctrl-C and SIGTERM: the run ends after the step it is in; asked again after 5 s, at once. (What a
-    queue or a terminal sends to all processes comes a second time, at the same moment, by torchrun.)
+    """Handle Ctrl-C and SIGTERM: the run ends after the step it is in; asked again after 5 s, at once.
+    (What a queue or a terminal sends to all processes comes a second time, milliseconds later, by torchrun.)
     """
     STOP.append(time.monotonic())
     if STOP[-1] - STOP[0] > 5:
@@ -763,7 +767,7 @@ if __name__ == "__main__":
         main()
     except (clips.ClipsError, gr1.ModelError, OSError, RuntimeError) as problem:
         known = isinstance(problem, (clips.ClipsError, gr1.ModelError, OSError))
-        said = [str(problem).strip().splitlines()[-1]] if known else [
+        said = [(str(problem).strip() or type(problem).__name__).splitlines()[-1]] if known else [
             words for word, words in EXPLAINED.items() if word in str(problem)]
         if not said:
             raise
