@@ -1880,10 +1880,19 @@ def test_all_machines_resume_or_none(tmp_path):
     assert refused("a disk they share", train.can_resume, config, world)
 
 
+def test_more_processes_than_gpus(monkeypatch):
+    """Catches one of several machines that starts more processes than it has GPUs, and ends in a traceback."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for key, value in dict(RANK=5, LOCAL_RANK=1, WORLD_SIZE=8, LOCAL_WORLD_SIZE=4).items():
+        monkeypatch.setenv(key, str(value))
+    assert refused("4 processes on a machine with 2 GPUs: --nproc 2", train.set_up)
+
+
 # Run by torchrun: a list of command lines of train.py, the last as by hand, on two cores whatever there is.
 COMMANDS = f"""
 import json, os, runpy, sys
-os.cpu_count = lambda: 2
+os.cpu_count, os.sched_getaffinity = lambda: 2, lambda _: {{0, 1}}
 sys.path.insert(0, {str(ROOT)!r})
 import torch.distributed as dist, bench, train
 world = train.set_up()

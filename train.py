@@ -221,16 +221,19 @@ def set_up():
     """
     rank, local, size, here = (int(os.environ.get(name, default)) for name, default in
                                (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
-    gpu, cores = torch.cuda.is_available(), os.cpu_count() or 1
-    slots = torch.cuda.device_count() if gpu else cores
-    slots = 1 << (slots.bit_length() - 1)                # a power of two divides the presets' batches
+    gpu = torch.cuda.is_available()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = torch.cuda.device_count() if gpu else cores
+    slots = 1 << (count.bit_length() - 1)                # a power of two divides the presets' batches
     if size == here > slots:
         if rank >= slots:
             sys.exit(0)
         if rank == 0:
-            print(f"processes: {size} started, {slots} train, the others leave: there is one "
-                  f"{'GPU' if gpu else 'core'} for each of {slots}")
+            print(f"processes: {size} started, {slots} train, the others leave: at most one for each of "
+                  f"{count} {'GPUs' if gpu else 'cores'}, and a power of two")
         size = here = slots
+    elif gpu and here > count:
+        raise gr1.ModelError(f"{here} processes on a machine with {count} GPUs: --nproc {count}")
     device = torch.device("cuda", local) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
