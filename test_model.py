@@ -1832,6 +1832,12 @@ def test_figures_go_where_they_are_asked_for(tabletop_data, tmp_path, monkeypatc
     assert [call.kwargs["step"] for call in wandb.log.call_args_list] == [1, 2, 3, 3, 4, 5, 6, 6]
     assert "val/arm" in wandb.log.call_args.args[0]
     monkeypatch.delitem(sys.modules, "wandb")
+    tensorboard = mock.MagicMock(__spec__="here")
+    for name in "tensorboard", "torch.utils.tensorboard":
+        monkeypatch.setitem(sys.modules, name, tensorboard)
+    assert run(*command("--tensorboard"))[0] == 0
+    names = [name for name, *_ in tensorboard.SummaryWriter.return_value.method_calls]
+    assert "add_scalar" in names and names.index("close") == len(names) - 1
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert fails_in_one_line(*command("--tensorboard"), words=["--tensorboard", "pip install tensorboard"])
 
@@ -1845,9 +1851,12 @@ def test_a_sentence_is_encoded_the_same_in_any_company():
 
 
 def test_resume_equals_straight(tabletop_data, tmp_path, monkeypatch):
-    """Catches a run that, after a power cut, sees other data or noise, or forgets optimizer or schedule."""
+    """Catches a run that, after a power cut, sees other data or noise, or forgets optimizer, schedule or what
+    it has not logged yet.
+    """
     command = lambda name, *more: training("finetune", tabletop_data / "demonstrations", tmp_path / name,
-                                           "--shift", 0.05, "--video-steps", 2, *more, dropout=0.1)
+                                           "--shift", 0.05, "--video-steps", 2, "--log-every", 4, *more,
+                                           dropout=0.1)
     status, text = run(*command("straight", "--resume"))      # as a queue that may kill it always starts it
     assert status == 0 and "no run in" in text and (tmp_path / "straight/first_batch.png").exists(), text
     read = clips.Windows.__getitem__
@@ -1881,7 +1890,7 @@ def test_all_machines_resume_or_none(tmp_path):
 
 
 def test_more_processes_than_gpus(monkeypatch):
-    """Catches one of several machines that starts more processes than it has GPUs, and ends in a traceback."""
+    """Catches a traceback where one of several machines starts more processes than it has GPUs."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for key, value in dict(RANK=5, LOCAL_RANK=1, WORLD_SIZE=8, LOCAL_WORLD_SIZE=4).items():
@@ -2039,6 +2048,7 @@ def test_steps_without_finite_gradients_are_skipped(tabletop_data, tmp_path, mon
     assert list(read_log(tmp_path / "some", "skipped").values()) == [0, 0, 1, 2, 2, 2]
     assert all(x.isfinite().all() for x in gr1.read_weights(tmp_path / "some/model.safetensors").values())
     bad.update(range(100))
+    assert fails_in_one_line(*command("last", "--steps", 10), words=["10 steps", "smaller --lr"])
     assert fails_in_one_line(*command("all", "--steps", 20), words=["10 steps", "smaller --lr"])
 
 

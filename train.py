@@ -444,12 +444,13 @@ def save(config, learner, progress, world):
     """Write the model for others, then resume.pt for this run. Random numbers need no keeping: a step's
     depend on seed and step alone (dropout's on the rank too), and so do its data.
     """
+    sums = world.mean(progress.sums.clone())
     if world.main:
         model = learner.model
         save_model(config.out, config, model, progress.step)
-        state = dict(step=progress.step, best=progress.best, skipped=progress.skipped.tolist(),
-                     processes=world.size, model=model.trained_state(),
-                     optimizer=learner.optimizer.state_dict(),
+        state = dict(step=progress.step, best=progress.best, sums=sums.tolist(),
+                     skipped=progress.skipped.tolist(), processes=world.size,
+                     model=model.trained_state(), optimizer=learner.optimizer.state_dict(),
                      config=dataclasses.asdict(config) | dataclasses.asdict(model.config))
         gr1.write_whole(os.path.join(config.out, "resume.pt"), lambda file: torch.save(state, file))
     progress.saved = progress.step
@@ -510,7 +511,8 @@ def load_resume(config, learner, world):
     path = os.path.join(config.out, "resume.pt")
     try:
         state = torch.load(path, map_location=world.device, weights_only=True)
-        step, best, skipped, processes = (state[key] for key in ("step", "best", "skipped", "processes"))
+        step, best, sums, skipped, processes = (
+            state[key] for key in ("step", "best", "sums", "skipped", "processes"))
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, KeyError, TypeError) as error:
         raise gr1.ModelError(f"{path} is damaged or of an older version ({type(error).__name__}): start "
                              f"anew, with --init {config.out} to keep its weights") from error
@@ -526,7 +528,8 @@ def load_resume(config, learner, world):
     world.print(f"resume: {config.out} at step {step}" + (
         f"; {processes} processes trained it, now {world.size}: its batches stay the same, but dropout and "
         "the last bits of sums differ" if processes != world.size else ""))
-    return Progress(step, best, torch.tensor(skipped, device=world.device), saved=step)
+    sums, skipped = (torch.tensor(x, device=world.device) for x in (sums, skipped))
+    return Progress(step, best, skipped, sums, saved=step)
 
 
 def make_room(out, world):
@@ -552,6 +555,7 @@ class Progress:
     step: int                      # steps done
     best: float                    # least weighted held-out loss
     skipped: torch.Tensor          # (2,) steps without a finite gradient: in a row till now, in all
+    sums: torch.Tensor             # of the figures since the last line, and how many steps; (1,) or so many
     saved: int | None = None       # step of the last checkpoint
 
 
@@ -575,7 +579,7 @@ class Log:
 
     def __init__(self, config, first, world):
         """What a run that broke off had logged after step `first` is dropped."""
-        self.world, self.file, self.others = world, None, []
+        self.world, self.others, self.open = world, [], []
         path = pathlib.Path(config.out, "log.jsonl")
         if not world.main:
             return
@@ -583,6 +587,7 @@ class Log:
         whole = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= first]
         gr1.write_whole(str(path), lambda file: pathlib.Path(file).write_text("".join(whole)))
         self.file = open(path, "a")
+        self.open.append(self.file)
         if config.wandb:
             import wandb
             wandb.init(project="nanogr", name=config.out, config=dataclasses.asdict(config))
@@ -590,6 +595,7 @@ class Log:
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             writer = SummaryWriter(config.out)
+            self.open.append(writer)
             self.others.append(lambda step, figures: [writer.add_scalar(name, value, step)
                                                       for name, value in figures.items()])
 
@@ -604,8 +610,8 @@ class Log:
                 send(step, {k: v for k, v in figures.items() if v is not None})
 
     def close(self):
-        if self.file:
-            self.file.close()
+        for each in self.open:                           # TensorBoard's writer keeps its last lines till then
+            each.close()
 
 
 def check_batch(config, world):
@@ -650,39 +656,44 @@ def train_step(step, learner, loader, config, world, skipped):
     return figures | {"grad_norm": norm}, torch.stack([(skipped[0] + 1) * bad, skipped[1] + bad]), news
 
 
-def run(progress, learner, loader, config, held_out, world):
+def run(progress, learner, loader, config, held_out, world, log):
     """The steps from progress.step to config.steps, or until told to stop, with log and checkpoints."""
-    log = Log(config, progress.step, world)
     bar = tqdm(total=config.steps, initial=progress.step, desc=config.stage,
                disable=not world.main or not sys.stderr.isatty())
-    sums, start, since = 0, time.time(), progress.step
+    start, since = time.time(), progress.step
     for step in range(progress.step, config.steps):
         figures, progress.skipped, news = train_step(step, learner, loader, config, world, progress.skipped)
         progress.step = step + 1
         bar.update()
         good = progress.skipped[0] == 0
-        sums = sums + torch.cat([torch.stack([*figures.values()]).where(good, 0), good[None]])
+        new = torch.stack([*figures.values()]).where(good, 0)
+        progress.sums = progress.sums + torch.cat([new, good[None]])
         if progress.step % config.log_every == 0 or progress.step == config.steps:
-            *means, count = world.mean(sums).tolist()
+            *means, count = world.mean(progress.sums).tolist()
             seconds = (time.time() - start) / (progress.step - since)
             log(progress.step, **{name: x / count if count else math.nan for name, x in zip(figures, means)},
                 lr=learning_rate(step, config), skipped=progress.skipped[1].item(), ms=1000 * seconds,
                 samples_per_s=config.batch / seconds)
-            sums, start, since = 0, time.time(), progress.step
+            progress.sums, start, since = progress.sums.new_zeros(1), time.time(), progress.step
         if progress.step % config.eval_every == 0 or progress.step == config.steps:
             check_up(progress, learner, config, held_out, world, log)
             start, since = time.time(), progress.step        # the next line's ms leaves this out
         stop, bad = news()                                   # as all processes knew before this step
-        if bad >= PATIENCE:
-            last = f"step {progress.saved} is in {config.out}" if progress.saved else "there is none yet"
-            raise gr1.ModelError(f"no finite gradient in {bad:.0f} steps in a row, all skipped: try a "
-                                 f"smaller --lr; the last checkpoint: {last}")
+        refuse_to_skip(bad, progress, config)
         if stop or STOP and world.size == 1:
             break
+    refuse_to_skip(progress.skipped[0].item(), progress, config)
     bar.close()
-    log.close()
     if progress.saved != progress.step:
         save(config, learner, progress, world)
+
+
+def refuse_to_skip(bad, progress, config):
+    """End a run that skipped so many steps in a row."""
+    if bad >= PATIENCE:
+        last = f"step {progress.saved} is in {config.out}" if progress.saved else "there is none yet"
+        raise gr1.ModelError(f"no finite gradient in {bad:.0f} steps in a row, all skipped: try a "
+                             f"smaller --lr; the last checkpoint: {last}")
 
 
 def check_up(progress, learner, config, held_out, world, log):
@@ -723,7 +734,8 @@ def train(config, changes, world):
         make_room(config.out, world)
     learner = equip(model, config, world)
     progress = (load_resume(config, learner, world) if config.resume else
-                Progress(0, math.inf, torch.zeros(2, dtype=torch.int64, device=world.device)))
+                Progress(0, math.inf, torch.zeros(2, dtype=torch.int64, device=world.device),
+                         torch.zeros(1, device=world.device)))
     world.print(f"model: {json.dumps(dataclasses.asdict(model.config))}")
     world.print(f"train: {json.dumps(dataclasses.asdict(config))}")
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -735,10 +747,13 @@ def train(config, changes, world):
         sheet = draw_batch(windows[0, 0, world.size * config.accumulate], model.config)
         Image.fromarray(sheet).save(os.path.join(config.out, "first_batch.png"))
     loader = batches(windows, range(progress.step, config.steps), config.accumulate, world, config.workers)
+    log = Log(config, progress.step, world)
     model.train()
     try:
-        run(progress, learner, loader, config, held_out, world)
-    finally:                     # workers heed no SIGTERM, and an error's traceback would keep their loader
+        run(progress, learner, loader, config, held_out, world, log)
+    finally:
+        log.close()
+        # workers heed no SIGTERM, and an error's traceback would keep their loader
         getattr(loader, "_shutdown_workers", lambda: None)()
     world.print(f"done: {config.out}/model.safetensors" if progress.step == config.steps else
                 f"stopped: after step {progress.step}, as asked; --resume goes on with {config.out}")
