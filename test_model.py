@@ -1823,6 +1823,20 @@ def test_training_benchmark(capsys):
     assert (batch(), batch("--windows-per-clip", "10"), batch("--batch=512")) == (2, 10, 512)
 
 
+def test_a_benchmark_that_is_broken_off_leaves_nothing(tmp_path, monkeypatch):
+    """Catches Ctrl-C that leaves the clips in /tmp, or ends in a traceback."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    there = []
+
+    def stop(*_):
+        there.extend(tmp_path.iterdir())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(bench, "bench_loader", stop)
+    status, text = run("train.py", "--bench", "--model", *(f"{k}={v}" for k, v in SIZES.items()))
+    assert status == 130 and there and not list(tmp_path.iterdir()), text
+
+
 def test_figures_go_where_they_are_asked_for(tabletop_data, tmp_path, monkeypatch):
     """Catches a package that is needed although nobody asked, and a traceback where it is missing."""
     command = lambda *more: training("finetune", tabletop_data / "demonstrations", tmp_path / "out", *more)

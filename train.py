@@ -490,7 +490,7 @@ def equip(model, config, world):
     net = model
     if world.size > 1:
         net = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        net.broadcast_buffers = False                    # they are constant tables
+        net.broadcast_buffers = False                    # they are constant tables; as an argument torch warns
     autocast = torch.autocast(world.device.type, torch.bfloat16) if bf16 else nullcontext()
     return Learner(model, net, parameters, optimizer, autocast)
 
@@ -542,7 +542,8 @@ def make_room(out, world):
         os.rename(out, f"{out}.{n}")
         world.print(f"out: the run that was in {out} is now in {out}.{n} "
                     "(--resume would have gone on with it)")
-    os.makedirs(out, exist_ok=True)
+    if world.main:
+        os.makedirs(out, exist_ok=True)
     world.barrier()
 
 
@@ -625,7 +626,8 @@ def check_batch(config, world):
 
 def train_step(step, learner, loader, config, world, skipped):
     """One update from `accumulate` passes: -> (figures by name, skipped steps (2,), Later [share of the
-    processes told to stop, skipped steps in a row before this one]). Nothing here waits for the device.
+    processes told to stop, skipped steps in a row before this one]). Nothing here waits for the device, but
+    for the copies that encoding sentences takes.
     """
     net, optimizer, model_config = learner.net, learner.optimizer, learner.model.config
     torch.manual_seed(((config.seed * 1_000_003 + step) * 10_007 + world.rank) % 2 ** 63)     # for dropout
@@ -761,8 +763,9 @@ def train(config, changes, world):
 
 def main():
     config, changes, mode = parse()
-    for signum in signal.SIGINT, signal.SIGTERM:
-        signal.signal(signum, ask_to_stop if mode == "train" else signal.SIG_DFL)
+    trains = mode == "train"                             # else Ctrl-C ends it, when its clips are taken away
+    signal.signal(signal.SIGINT, ask_to_stop if trains else lambda *_: sys.exit(130))
+    signal.signal(signal.SIGTERM, ask_to_stop if trains else signal.SIG_DFL)
     world = set_up()
     if mode == "train":
         train(config, changes, world)
