@@ -490,7 +490,7 @@ def equip(model, config, world):
     net = model
     if world.size > 1:
         net = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        net.broadcast_buffers = False                    # they are constant tables; as an argument torch warns
+        net.broadcast_buffers = False                    # constant tables; torch warns of the argument
     autocast = torch.autocast(world.device.type, torch.bfloat16) if bf16 else nullcontext()
     return Learner(model, net, parameters, optimizer, autocast)
 
