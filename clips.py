@@ -402,7 +402,7 @@ class Windows(torch.utils.data.Dataset):
     a window's T steps the future frame is asked for.
 
         frames       {camera: uint8 (B/W, N+F, 3, H, W)}
-        shifts       {camera: int64 (B/W, 2)}     down and to the right [px]; only if shift > 0
+        shifts       {camera: int64 (B/W, 2)}     up and to the left [px]; only if shift > 0
         video_at     int64 (V,)                   only if foresee > 0
         offsets      int64 (B,)                   where in its run a window starts; only if W > 1
         sentences    [str] * B

@@ -19,6 +19,7 @@ Glossary of shapes
     N  images         S  side of an image [px]           Dv, Dt  features of the image, text encoder
 """
 import argparse
+import contextlib
 import copy
 import dataclasses
 import difflib
@@ -126,7 +127,7 @@ PRESETS = {
 }
 
 
-def preset_config(name, stage="finetune", **changes):
+def preset_config(name, stage="finetune", /, **changes):
     """GR1Config of a preset, with changes; stage "pretrain" leaves one camera, no robot, the next frame."""
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, 1)
@@ -1047,8 +1048,15 @@ def write_whole(path, write):
     except (OSError, RuntimeError, SafetensorError) as error:
         if os.path.exists(temporary):
             os.remove(temporary)
-        raise ModelError(f"cannot write {path} ({str(error).splitlines()[0]}); what it held before is whole, "
+        said = str(error).splitlines() or [type(error).__name__]
+        raise ModelError(f"cannot write {path} ({said[0]}); what it held before is whole, "
                          "train.py --resume goes on from there") from error
+    with contextlib.suppress(OSError):                   # the name too, where a disk can; if not, in its time
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 # ------------------------------------------------------------------------------------------ losses

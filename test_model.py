@@ -2299,6 +2299,20 @@ def test_training_benchmark(capsys):
     assert (batch(), batch("--windows-per-clip", "10"), batch("--batch=512")) == (2, 10, 512)
 
 
+def test_a_benchmark_that_is_broken_off_leaves_nothing(tmp_path, monkeypatch):
+    """Catches Ctrl-C that leaves the clips in /tmp, or ends in a traceback."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    there = []
+
+    def stop(*_):
+        there.extend(tmp_path.iterdir())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(bench, "bench_loader", stop)
+    status, text = run("train.py", "--bench", "--model", *(f"{k}={v}" for k, v in SIZES.items()))
+    assert status == 130 and there and not list(tmp_path.iterdir()), text
+
+
 def test_figures_go_where_they_are_asked_for(tabletop_data, tmp_path, monkeypatch):
     """Catches a package that is needed although nobody asked, and a traceback where it is missing."""
     command = lambda *more: training("finetune", tabletop_data / "demonstrations", tmp_path / "out", *more)
@@ -2308,6 +2322,12 @@ def test_figures_go_where_they_are_asked_for(tabletop_data, tmp_path, monkeypatc
     assert [call.kwargs["step"] for call in wandb.log.call_args_list] == [1, 2, 3, 3, 4, 5, 6, 6]
     assert "val/arm" in wandb.log.call_args.args[0]
     monkeypatch.delitem(sys.modules, "wandb")
+    tensorboard = mock.MagicMock(__spec__="here")
+    for name in "tensorboard", "torch.utils.tensorboard":
+        monkeypatch.setitem(sys.modules, name, tensorboard)
+    assert run(*command("--tensorboard"))[0] == 0
+    names = [name for name, *_ in tensorboard.SummaryWriter.return_value.method_calls]
+    assert "add_scalar" in names and names.index("close") == len(names) - 1
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert fails_in_one_line(*command("--tensorboard"), words=["--tensorboard", "pip install tensorboard"])
 
@@ -2321,9 +2341,12 @@ def test_a_sentence_is_encoded_the_same_in_any_company():
 
 
 def test_resume_equals_straight(tabletop_data, tmp_path, monkeypatch):
-    """Catches a run that, after a power cut, sees other data or noise, or forgets optimizer or schedule."""
+    """Catches a run that, after a power cut, sees other data or noise, or forgets optimizer, schedule or what
+    it has not logged yet.
+    """
     command = lambda name, *more: training("finetune", tabletop_data / "demonstrations", tmp_path / name,
-                                           "--shift", 0.05, "--video-steps", 2, *more, dropout=0.1)
+                                           "--shift", 0.05, "--video-steps", 2, "--log-every", 4, *more,
+                                           dropout=0.1)
     status, text = run(*command("straight", "--resume"))      # as a queue that may kill it always starts it
     assert status == 0 and "no run in" in text and (tmp_path / "straight/first_batch.png").exists(), text
     read = clips.Windows.__getitem__
@@ -2356,10 +2379,19 @@ def test_all_machines_resume_or_none(tmp_path):
     assert refused("a disk they share", train.can_resume, config, world)
 
 
+def test_more_processes_than_gpus(monkeypatch):
+    """Catches a traceback where one of several machines starts more processes than it has GPUs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for key, value in dict(RANK=5, LOCAL_RANK=1, WORLD_SIZE=8, LOCAL_WORLD_SIZE=4).items():
+        monkeypatch.setenv(key, str(value))
+    assert refused("4 processes on a machine with 2 GPUs: --nproc 2", train.set_up)
+
+
 # Run by torchrun: a list of command lines of train.py, the last as by hand, on two cores whatever there is.
 COMMANDS = f"""
 import json, os, runpy, sys
-os.cpu_count = lambda: 2
+os.cpu_count, os.sched_getaffinity = lambda: 2, lambda _: {{0, 1}}
 sys.path.insert(0, {str(ROOT)!r})
 import torch.distributed as dist, bench, train
 world = train.set_up()
@@ -2374,6 +2406,13 @@ for sys.argv in first:
 sys.argv = last
 runpy.run_path(last[0], run_name="__main__")
 """
+
+
+def descendants(pid):
+    """The processes that a process started, and those that they did (where there is a /proc)."""
+    children = [int(child) for file in pathlib.Path(f"/proc/{pid}/task").glob("*/children")
+                for child in file.read_text().split()]
+    return children + [other for child in children for other in descendants(child)]
 
 
 def torchrun(processes, *commands):
@@ -2417,7 +2456,8 @@ def two_processes(tabletop_data, tmp_path_factory):
     told = torchrun(2, long("told"))
     try:
         assert any("step 2  arm" in line for line in told.stdout)
-        told.send_signal(signal.SIGTERM)
+        for process in descendants(told.pid) + [told.pid]:     # as a queue does; torchrun passes it on
+            os.kill(process, signal.SIGTERM)
         first = told.communicate(timeout=120)
     finally:
         told.kill()
@@ -2457,8 +2497,8 @@ def test_two_processes_meet_what_is_wrong(two_processes):
 
 
 def test_two_processes_that_are_told_to_stop(two_processes):
-    """Catches a SIGTERM by which torchrun kills loader workers, loses steps or ends in failure; a resumed run
-    that ends elsewhere.
+    """Catches a SIGTERM to all processes at once, and again by torchrun, that kills loader workers, loses
+    steps or ends in failure; a resumed run that ends elsewhere.
     """
     folder, (status, text, errors), _ = two_processes
     assert status == 0 and "stopped: after step" in text and "Traceback" not in errors, text + errors
@@ -2498,6 +2538,7 @@ def test_steps_without_finite_gradients_are_skipped(tabletop_data, tmp_path, mon
     assert list(read_log(tmp_path / "some", "skipped").values()) == [0, 0, 1, 2, 2, 2]
     assert all(x.isfinite().all() for x in gr1.read_weights(tmp_path / "some/model.safetensors").values())
     bad.update(range(100))
+    assert fails_in_one_line(*command("last", "--steps", 10), words=["10 steps", "smaller --lr"])
     assert fails_in_one_line(*command("all", "--steps", 20), words=["10 steps", "smaller --lr"])
 
 
@@ -2515,6 +2556,8 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     assert refused("cannot write.*No space left.*whole", gr1.save_checkpoint, tmp_path, model)
     assert (tmp_path / "model.safetensors").read_bytes() == before
     assert not list(tmp_path.glob("*.tmp"))
+    monkeypatch.setattr(gr1, "save_file", mock.Mock(side_effect=OSError))            # an error without words
+    assert refused("cannot write.*OSError.*whole", gr1.save_checkpoint, tmp_path, model)
 
 
 def test_schedule_and_the_papers_settings():
@@ -2535,6 +2578,7 @@ def test_schedule_and_the_papers_settings():
     assert (config.batch, config.lr, config.epochs, config.warmup) == (64, 1e-3, 30, 1 / 30)
     config, changes, _ = train.parse("--preset gr1 --future-step 5".split())
     assert changes == dict(future=5) and gr1.preset_config("gr1", **changes).future == 5
+    assert "{'" not in run("train.py", "--help")[1]      # a % of a field's comment would print all of it
     config, changes, _ = train.parse("--preset gr1 --steps 7 --lr 0.5 --chunk 10 --no-video".split())
     assert (config.steps, config.epochs, config.lr, changes) == (7, 0, 0.5, dict(chunk=10, video=False))
 
@@ -2597,6 +2641,14 @@ def test_commands_say_what_is_wrong(tabletop_data, checkpoints, tmp_path):
             ([*start, "--batch", 5, "--accumulate", 2], ["--batch 5", "multiple of 2"]),
             ([*start, "--log-every", 0], ["--log-every", "0"]),
             ([*start, "--epochs", -1], ["--epochs", "at least 0"]),
+            ([*start, "--lr", -1], ["--lr", "at least 0", "-1"]),
+            ([*start, "--beta2", 1], ["--beta2", "below 1"]),
+            ([*start, "--weight-decay", -0.5], ["--weight-decay", "at least 0", "-0.5"]),
+            ([*start, "--seed", -1], ["--seed", "at least 0", "-1"]),
+            ([*start, "--shift", -0.5], ["--shift", "at least 0", "-0.5"]),
+            ([*start, "--clip-grad", 0], ["--clip-grad", "above 0"]),
+            ([*start, "stage=1"], ["stage"]),
+            ([*start, "name=1"], ["name"]),
             ([*start, "--bench", "--estimate"], ["--bench", "--estimate"]),
             ([*start, "--data-fraction", 1.5], ["--data-fraction", "1.5"]),
             ([*start, "--precision", "fp17"], ["fp17", "bf16"]),

@@ -109,7 +109,7 @@ PRESETS = {
 PRESETS["real", "pretrain"] = PRESETS["gr1", "pretrain"]         # paper, real robot: batch and epochs differ
 PRESETS["real", "finetune"] = PRESETS["gr1", "finetune"] | dict(batch=64, epochs=30, warmup=1 / 30)
 PATIENCE = 10                    # steps in a row whose gradients may be infinite
-STOP = [False]                   # set by Ctrl-C and SIGTERM
+STOP = []                        # when Ctrl-C and SIGTERM came [s]
 # Model settings worth a flag of their own; --model KEY=VALUE reaches the others (see model.GR1Config).
 MODEL_FLAGS = {
     "--window": ("window", dict(type=int, help="timesteps that the model sees")),
@@ -120,7 +120,7 @@ MODEL_FLAGS = {
     "--action-activation": ("action_activation", dict(action="store_true", help="ReLU in the action head")),
 }
 LEAST = dict(accumulate=1, windows_per_clip=1, log_every=1, eval_every=1, eval_batches=1, batch=1, steps=0,
-             epochs=0)
+             epochs=0, seed=0, lr=0, weight_decay=0, shift=0, video_steps=0, workers=-1)
 
 
 def parse(argv=None):
@@ -131,7 +131,7 @@ def parse(argv=None):
                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     comments = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", pathlib.Path(__file__).read_text(), re.M))
     for f in dataclasses.fields(TrainConfig):
-        flag, about = "--" + f.name.replace("_", "-"), comments.get(f.name, " ")
+        flag, about = "--" + f.name.replace("_", "-"), comments.get(f.name, " ").replace("%", "%%")
         if f.type is bool:
             parser.add_argument(flag, action="store_true", help=about)
         else:
@@ -165,10 +165,14 @@ def parse(argv=None):
         if getattr(config, key) == getattr(TrainConfig, key) and not chosen:
             setattr(config, key, value)
     for key, least in LEAST.items():
-        if getattr(config, key) < least:
+        if not getattr(config, key) >= least:            # nor NaN
             parser.error(f"--{key.replace('_', '-')} must be at least {least}, got {getattr(config, key)}")
     if not 0 < config.data_fraction <= 1:
         parser.error(f"--data-fraction must be above 0 and at most 1, got {config.data_fraction}")
+    if not config.clip_grad > 0:
+        parser.error(f"--clip-grad must be above 0, got {config.clip_grad}; inf: the gradient as it is")
+    if not 0 <= config.beta2 < 1:
+        parser.error(f"--beta2 must be at least 0 and below 1, got {config.beta2}")
     for package in "wandb", "tensorboard":
         if getattr(config, package) and not importlib.util.find_spec(package):
             parser.error(f"--{package} needs the package {package}: pip install {package}")
@@ -217,16 +221,19 @@ def set_up():
     """
     rank, local, size, here = (int(os.environ.get(name, default)) for name, default in
                                (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
-    gpu, cores = torch.cuda.is_available(), os.cpu_count() or 1
-    slots = torch.cuda.device_count() if gpu else cores
-    slots = 1 << (slots.bit_length() - 1)                # a power of two divides the presets' batches
+    gpu = torch.cuda.is_available()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = torch.cuda.device_count() if gpu else cores
+    slots = 1 << (count.bit_length() - 1)                # a power of two divides the presets' batches
     if size == here > slots:
         if rank >= slots:
             sys.exit(0)
         if rank == 0:
-            print(f"processes: {size} started, {slots} train, the others leave: there is one "
-                  f"{'GPU' if gpu else 'core'} for each of {slots}")
+            print(f"processes: {size} started, {slots} train, the others leave: at most one for each of "
+                  f"{count} {'GPUs' if gpu else 'cores'}, and a power of two")
         size = here = slots
+    elif gpu and here > count:
+        raise gr1.ModelError(f"{here} processes on a machine with {count} GPUs: --nproc {count}")
     device = torch.device("cuda", local) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
@@ -293,7 +300,12 @@ def batches(windows, steps, passes, world, workers):
 
 
 def leave_group(worker):
-    os.setsid()                  # a terminal's Ctrl-C, or torchrun's SIGTERM, is for the run to obey
+    """A terminal's Ctrl-C, or a queue's SIGTERM to every process, is for the run to obey, which then ends its
+    loader's workers.
+    """
+    os.setsid()
+    if signal.getsignal(signal.SIGTERM) is ask_to_stop:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def to_device(batch, device):
@@ -432,12 +444,13 @@ def save(config, learner, progress, world):
     """Write the model for others, then resume.pt for this run. Random numbers need no keeping: a step's
     depend on seed and step alone (dropout's on the rank too), and so do its data.
     """
+    sums = world.mean(progress.sums.clone())
     if world.main:
         model = learner.model
         save_model(config.out, config, model, progress.step)
-        state = dict(step=progress.step, best=progress.best, skipped=progress.skipped.tolist(),
-                     processes=world.size, model=model.trained_state(),
-                     optimizer=learner.optimizer.state_dict(),
+        state = dict(step=progress.step, best=progress.best, sums=sums.tolist(),
+                     skipped=progress.skipped.tolist(), processes=world.size,
+                     model=model.trained_state(), optimizer=learner.optimizer.state_dict(),
                      config=dataclasses.asdict(config) | dataclasses.asdict(model.config))
         gr1.write_whole(os.path.join(config.out, "resume.pt"), lambda file: torch.save(state, file))
     progress.saved = progress.step
@@ -477,7 +490,7 @@ def equip(model, config, world):
     net = model
     if world.size > 1:
         net = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        net.broadcast_buffers = False                    # they are constant tables
+        net.broadcast_buffers = False                    # constant tables; torch warns of the argument
     autocast = torch.autocast(world.device.type, torch.bfloat16) if bf16 else nullcontext()
     return Learner(model, net, parameters, optimizer, autocast)
 
@@ -498,7 +511,8 @@ def load_resume(config, learner, world):
     path = os.path.join(config.out, "resume.pt")
     try:
         state = torch.load(path, map_location=world.device, weights_only=True)
-        step, best, skipped, processes = (state[key] for key in ("step", "best", "skipped", "processes"))
+        step, best, sums, skipped, processes = (
+            state[key] for key in ("step", "best", "sums", "skipped", "processes"))
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, KeyError, TypeError) as error:
         raise gr1.ModelError(f"{path} is damaged or of an older version ({type(error).__name__}): start "
                              f"anew, with --init {config.out} to keep its weights") from error
@@ -514,7 +528,8 @@ def load_resume(config, learner, world):
     world.print(f"resume: {config.out} at step {step}" + (
         f"; {processes} processes trained it, now {world.size}: its batches stay the same, but dropout and "
         "the last bits of sums differ" if processes != world.size else ""))
-    return Progress(step, best, torch.tensor(skipped, device=world.device), saved=step)
+    sums, skipped = (torch.tensor(x, device=world.device) for x in (sums, skipped))
+    return Progress(step, best, skipped, sums, saved=step)
 
 
 def make_room(out, world):
@@ -527,7 +542,8 @@ def make_room(out, world):
         os.rename(out, f"{out}.{n}")
         world.print(f"out: the run that was in {out} is now in {out}.{n} "
                     "(--resume would have gone on with it)")
-    os.makedirs(out, exist_ok=True)
+    if world.main:
+        os.makedirs(out, exist_ok=True)
     world.barrier()
 
 
@@ -540,6 +556,7 @@ class Progress:
     step: int                      # steps done
     best: float                    # least weighted held-out loss
     skipped: torch.Tensor          # (2,) steps without a finite gradient: in a row till now, in all
+    sums: torch.Tensor             # of the figures since the last line, and how many steps; (1,) or so many
     saved: int | None = None       # step of the last checkpoint
 
 
@@ -563,7 +580,7 @@ class Log:
 
     def __init__(self, config, first, world):
         """What a run that broke off had logged after step `first` is dropped."""
-        self.world, self.file, self.others = world, None, []
+        self.world, self.others, self.open = world, [], []
         path = pathlib.Path(config.out, "log.jsonl")
         if not world.main:
             return
@@ -571,6 +588,7 @@ class Log:
         whole = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= first]
         gr1.write_whole(str(path), lambda file: pathlib.Path(file).write_text("".join(whole)))
         self.file = open(path, "a")
+        self.open.append(self.file)
         if config.wandb:
             import wandb
             wandb.init(project="nanogr", name=config.out, config=dataclasses.asdict(config))
@@ -578,6 +596,7 @@ class Log:
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             writer = SummaryWriter(config.out)
+            self.open.append(writer)
             self.others.append(lambda step, figures: [writer.add_scalar(name, value, step)
                                                       for name, value in figures.items()])
 
@@ -592,8 +611,8 @@ class Log:
                 send(step, {k: v for k, v in figures.items() if v is not None})
 
     def close(self):
-        if self.file:
-            self.file.close()
+        for each in self.open:                           # TensorBoard's writer keeps its last lines till then
+            each.close()
 
 
 def check_batch(config, world):
@@ -607,7 +626,8 @@ def check_batch(config, world):
 
 def train_step(step, learner, loader, config, world, skipped):
     """One update from `accumulate` passes: -> (figures by name, skipped steps (2,), Later [share of the
-    processes told to stop, skipped steps in a row before this one]). Nothing here waits for the device.
+    processes told to stop, skipped steps in a row before this one]). Nothing here waits for the device, but
+    for the copies that encoding sentences takes.
     """
     net, optimizer, model_config = learner.net, learner.optimizer, learner.model.config
     torch.manual_seed(((config.seed * 1_000_003 + step) * 10_007 + world.rank) % 2 ** 63)     # for dropout
@@ -615,7 +635,7 @@ def train_step(step, learner, loader, config, world, skipped):
         group["lr"] = learning_rate(step, config)
     share = [to_device(next(loader), world.device) for _ in range(config.accumulate)]
     counts = sum(gr1.count_targets(batch) for batch in share) / config.accumulate
-    *counts, stop = world.mean(torch.cat([counts, counts.new_full((1,), float(STOP[0]))]))
+    *counts, stop = world.mean(torch.cat([counts, counts.new_full((1,), float(bool(STOP)))]))
     news = Later(torch.stack([stop, skipped[0].float()]))
     figures = {}
     for i, batch in enumerate(share):
@@ -638,39 +658,44 @@ def train_step(step, learner, loader, config, world, skipped):
     return figures | {"grad_norm": norm}, torch.stack([(skipped[0] + 1) * bad, skipped[1] + bad]), news
 
 
-def run(progress, learner, loader, config, held_out, world):
+def run(progress, learner, loader, config, held_out, world, log):
     """The steps from progress.step to config.steps, or until told to stop, with log and checkpoints."""
-    log = Log(config, progress.step, world)
     bar = tqdm(total=config.steps, initial=progress.step, desc=config.stage,
                disable=not world.main or not sys.stderr.isatty())
-    sums, start, since = 0, time.time(), progress.step
+    start, since = time.time(), progress.step
     for step in range(progress.step, config.steps):
         figures, progress.skipped, news = train_step(step, learner, loader, config, world, progress.skipped)
         progress.step = step + 1
         bar.update()
         good = progress.skipped[0] == 0
-        sums = sums + torch.cat([torch.stack([*figures.values()]).where(good, 0), good[None]])
+        new = torch.stack([*figures.values()]).where(good, 0)
+        progress.sums = progress.sums + torch.cat([new, good[None]])
         if progress.step % config.log_every == 0 or progress.step == config.steps:
-            *means, count = world.mean(sums).tolist()
+            *means, count = world.mean(progress.sums).tolist()
             seconds = (time.time() - start) / (progress.step - since)
             log(progress.step, **{name: x / count if count else math.nan for name, x in zip(figures, means)},
                 lr=learning_rate(step, config), skipped=progress.skipped[1].item(), ms=1000 * seconds,
                 samples_per_s=config.batch / seconds)
-            sums, start, since = 0, time.time(), progress.step
+            progress.sums, start, since = progress.sums.new_zeros(1), time.time(), progress.step
         if progress.step % config.eval_every == 0 or progress.step == config.steps:
             check_up(progress, learner, config, held_out, world, log)
             start, since = time.time(), progress.step        # the next line's ms leaves this out
         stop, bad = news()                                   # as all processes knew before this step
-        if bad >= PATIENCE:
-            last = f"step {progress.saved} is in {config.out}" if progress.saved else "there is none yet"
-            raise gr1.ModelError(f"no finite gradient in {bad:.0f} steps in a row, all skipped: try a "
-                                 f"smaller --lr; the last checkpoint: {last}")
-        if stop or STOP[0] and world.size == 1:
+        refuse_to_skip(bad, progress, config)
+        if stop or STOP and world.size == 1:
             break
+    refuse_to_skip(progress.skipped[0].item(), progress, config)
     bar.close()
-    log.close()
     if progress.saved != progress.step:
         save(config, learner, progress, world)
+
+
+def refuse_to_skip(bad, progress, config):
+    """End a run that skipped so many steps in a row."""
+    if bad >= PATIENCE:
+        last = f"step {progress.saved} is in {config.out}" if progress.saved else "there is none yet"
+        raise gr1.ModelError(f"no finite gradient in {bad:.0f} steps in a row, all skipped: try a "
+                             f"smaller --lr; the last checkpoint: {last}")
 
 
 def check_up(progress, learner, config, held_out, world, log):
@@ -688,9 +713,13 @@ def check_up(progress, learner, config, held_out, world, log):
 
 
 def ask_to_stop(signum, frame):
-    """Handle Ctrl-C and SIGTERM: the run ends after the step it is in; asked twice, at once."""
-    STOP[0] = True
-    signal.signal(signum, signal.SIG_DFL)
+    """Handle Ctrl-C and SIGTERM: the run ends after the step it is in; asked again after 5 s, at once.
+    (What a queue or a terminal sends to all processes comes a second time, milliseconds later, by torchrun.)
+    """
+    STOP.append(time.monotonic())
+    if STOP[-1] - STOP[0] > 5:
+        signal.signal(signum, signal.SIG_DFL)
+        os.kill(os.getpid(), signum)
 
 
 def train(config, changes, world):
@@ -707,7 +736,8 @@ def train(config, changes, world):
         make_room(config.out, world)
     learner = equip(model, config, world)
     progress = (load_resume(config, learner, world) if config.resume else
-                Progress(0, math.inf, torch.zeros(2, dtype=torch.int64, device=world.device)))
+                Progress(0, math.inf, torch.zeros(2, dtype=torch.int64, device=world.device),
+                         torch.zeros(1, device=world.device)))
     world.print(f"model: {json.dumps(dataclasses.asdict(model.config))}")
     world.print(f"train: {json.dumps(dataclasses.asdict(config))}")
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -719,16 +749,23 @@ def train(config, changes, world):
         sheet = draw_batch(windows[0, 0, world.size * config.accumulate], model.config)
         Image.fromarray(sheet).save(os.path.join(config.out, "first_batch.png"))
     loader = batches(windows, range(progress.step, config.steps), config.accumulate, world, config.workers)
+    log = Log(config, progress.step, world)
     model.train()
-    run(progress, learner, loader, config, held_out, world)
+    try:
+        run(progress, learner, loader, config, held_out, world, log)
+    finally:
+        log.close()
+        # workers heed no SIGTERM, and an error's traceback would keep their loader
+        getattr(loader, "_shutdown_workers", lambda: None)()
     world.print(f"done: {config.out}/model.safetensors" if progress.step == config.steps else
                 f"stopped: after step {progress.step}, as asked; --resume goes on with {config.out}")
 
 
 def main():
     config, changes, mode = parse()
-    for signum in signal.SIGINT, signal.SIGTERM:
-        signal.signal(signum, ask_to_stop if mode == "train" else signal.SIG_DFL)
+    trains = mode == "train"                             # else Ctrl-C ends it, when its clips are taken away
+    signal.signal(signal.SIGINT, ask_to_stop if trains else lambda *_: sys.exit(130))
+    signal.signal(signal.SIGTERM, ask_to_stop if trains else signal.SIG_DFL)
     world = set_up()
     if mode == "train":
         train(config, changes, world)
@@ -751,7 +788,7 @@ if __name__ == "__main__":
         main()
     except (clips.ClipsError, gr1.ModelError, OSError, RuntimeError) as problem:
         known = isinstance(problem, (clips.ClipsError, gr1.ModelError, OSError))
-        said = [str(problem).strip().splitlines()[-1]] if known else [
+        said = [(str(problem).strip() or type(problem).__name__).splitlines()[-1]] if known else [
             words for word, words in EXPLAINED.items() if word in str(problem)]
         if not said:
             raise
