@@ -2506,6 +2506,22 @@ def test_two_processes_that_are_told_to_stop(two_processes):
     assert all(torch.equal(straight[name], resumed[name]) for name in straight | resumed)
 
 
+def test_asked_again_a_run_ends_at_once(monkeypatch):
+    """Catches a run that ends unsaved since one wish to stop came twice, and one that cannot be ended."""
+    kill, clock = mock.Mock(), iter([10.0, 10.01, 15.5])
+    monkeypatch.setattr(train, "STOP", [])
+    monkeypatch.setattr(train, "os", mock.Mock(kill=kill, getpid=os.getpid))
+    monkeypatch.setattr(train, "time", mock.Mock(monotonic=lambda: next(clock)))
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        for times in 0, 0, 1:
+            train.ask_to_stop(signal.SIGTERM, None)
+            assert kill.call_count == times and train.STOP
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert kill.call_args.args == (os.getpid(), signal.SIGTERM)
+
+
 def test_a_run_that_is_told_to_stop_goes_on_later(tabletop_data, tmp_path, monkeypatch):
     """Catches a SIGTERM that loses steps or ends in failure; a resumed run that ends elsewhere."""
     command = lambda name, *more: training("finetune", tabletop_data / "demonstrations", tmp_path / name,
