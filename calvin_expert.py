@@ -158,6 +158,13 @@ class Expert:
             yield from self.unfinished()
             self.unfinished = None
 
+    def settle(self):
+        """Command the pose that the arm has. Actions add to the last command, which no state tells: where it
+        was out of reach, what follows could not be done again from the state."""
+        robot = self.world.info["robot_info"]
+        _, pitch, yaw = robot["tcp_orn"]
+        yield from self.go(robot["tcp_pos"], yaw=yaw, pitch=pitch, patience=2)
+
     def finish_with(self, *motion, **options):
         """Do the motion now, and whatever is left of it before the next task."""
         self.unfinished = functools.partial(self.go, *motion, **options)

@@ -98,6 +98,8 @@ def play(world, seed, counts, n_tasks=8, asked=calvin.NAMES, **options):
             world.step(action)
         for _ in range(REST):
             world.step([0, 0, 0, 0, 0, 0, expert.grip])
+        for action in expert.settle():
+            world.step(action)
 
 
 def quiet():

@@ -159,12 +159,13 @@ class Reduced:
 
 def test_token_table():
     """Catches a token too many or misplaced in either stage: official weights would load, act at random."""
-    count = lambda **changes: [row[:2] for row in gr1.token_table(gr1.preset_config("gr1", **changes))]
+    count = lambda *stage, **changes: [
+        row[:2] for row in gr1.token_table(gr1.preset_config("gr1", *stage, **changes))]
     context = [("language", 1), ("state", 1), ("rgb_static latents", 9), ("rgb_static CLS", 1),
                ("rgb_gripper latents", 9), ("rgb_gripper CLS", 1)]
     videos = [("[OBS] rgb_static", 10), ("[OBS] rgb_gripper", 10)]
     assert count() == context + [("[ACT]", 1)] + videos and sum(n for _, n in count()) == 43
-    assert count(stage="pretrain") == [context[0], *context[2:4], videos[0]]
+    assert count("pretrain") == [context[0], *context[2:4], videos[0]]
     assert count(video=False, chunk=10) == context + [("[ACT]", 10)]
     config, finetune = gr1.preset_config("gr1", "pretrain"), gr1.preset_config("gr1")
     assert [query for *_, query in gr1.token_table(finetune)] == [False] * 6 + [True] * 3
