@@ -418,7 +418,7 @@ def in_processes(functions, jobs, workers):
 
 def print_success(tried_by_scene):
     """A line a task: how often it was done of how often it was tried, in each scene, and its mean length."""
-    for task in calvin.NAMES:
+    for task in [name for name in calvin.NAMES if any(name in tried for tried in tried_by_scene.values())]:
         runs = {scene: tried.get(task, []) for scene, tried in tried_by_scene.items()}
         steps = [n for each in runs.values() for n in each if n is not None]
         cells = [f"{scene} {sum(n is not None for n in each):3}/{len(each):<3}"
