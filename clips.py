@@ -33,16 +33,21 @@ A shard's npz, for N clips with M steps and C cameras:
 """
 import argparse
 import collections
+import concurrent.futures
 import difflib
 import io
 import json
+import multiprocessing
 import os
 import pathlib
 import platform
 import random
+import signal
 import sys
+import threading
 import zipfile
 import zlib
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import simplejpeg
@@ -233,6 +238,31 @@ def write_meta(directory, source, fps, command, **extra):
 
 
 # Reading
+
+def begin_worker():
+    """A worker dies with its parent, however that dies, and of Ctrl-C at once."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    follow = lambda: (multiprocessing.parent_process().join(), os._exit(1))
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def pack_shards(pack_shard, jobs, workers):
+    """Call pack_shard(job) for each job, on `workers` processes or, if that is 1, here; yields what it
+    returns, as they end."""
+    if workers == 1:
+        yield from map(pack_shard, jobs)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, spawn, begin_worker) as pool:
+        try:
+            for done in concurrent.futures.as_completed([pool.submit(pack_shard, job) for job in jobs]):
+                yield done.result()
+        except BrokenProcessPool:
+            raise ClipsError("a worker was killed, perhaps for want of memory (take fewer --workers); "
+                             "the same command goes on where it was") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
 
 def load_shard(directory, index):
     """Return the arrays of one npz; ClipsError unless they fit each other and the size of the bin."""

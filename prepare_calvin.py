@@ -21,13 +21,11 @@ Another layout of CALVIN's data (one LMDB, LeRobot's parquet) would be another c
 knows nothing of files.
 """
 import collections
-import concurrent.futures
 import datetime
 import functools
 import io
 import json
 import math
-import multiprocessing
 import os
 import pathlib
 import pickle
@@ -36,7 +34,6 @@ import shlex
 import sys
 import zipfile
 import zlib
-from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 from tqdm import tqdm
@@ -307,24 +304,6 @@ def pack_shard(job):
     return len(part)
 
 
-def pack_shards(jobs, workers):
-    """pack_shard for each job, on `workers` processes if that is more than one; yields as they end."""
-    if workers == 1 or len(jobs) < 2:
-        yield from map(pack_shard, jobs)
-        return
-    open_source.cache_clear()                                  # each worker has its own
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(min(workers, len(jobs)), spawn) as pool:
-        try:
-            for done in concurrent.futures.as_completed([pool.submit(pack_shard, job) for job in jobs]):
-                yield done.result()
-        except BrokenProcessPool:
-            raise clips.ClipsError("a worker was killed, perhaps for want of memory (take fewer --workers); "
-                                   "the same command goes on where it was") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
 def shards_of(args, split):
     """The split's shards as jobs for pack_shard, and a Counter of what lies outside the recordings."""
     dropped, out = collections.Counter(), args.out / split
@@ -343,7 +322,10 @@ def pack(args, split):
     total = sum(len(job[4]) for job in mine)
     with tqdm(total=total, initial=total - sum(len(job[4]) for job in todo), desc=str(out),
               unit="segment") as bar:
-        for count in pack_shards(todo, args.workers):
+        workers = min(args.workers, max(1, len(todo)))
+        if workers > 1:
+            open_source.cache_clear()                          # each worker has its own
+        for count in clips.pack_shards(pack_shard, todo, workers):
             bar.update(count)
     if not all(clips.shard_is_done(out, job[3]) for job in shards):
         print(f"{out}: part {args.shard} is done; once all parts are there, start the command again")

@@ -24,7 +24,6 @@ In order: the choice of clips, what they are chosen from, frames, packing, repor
 """
 import argparse
 import collections
-import concurrent.futures
 import contextlib
 import csv
 import errno
@@ -32,19 +31,15 @@ import hashlib
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import pathlib
 import random
 import re
 import shlex
-import signal
 import sys
 import tempfile
-import threading
 import time
 import zlib
-from concurrent.futures.process import BrokenProcessPool
 
 import av
 import numpy as np
@@ -382,30 +377,6 @@ def check_folder(folder):
         raise clips.ClipsError(f"{folder}: no such folder; the videos are in DATASET/--folder, or --videos")
 
 
-def begin_worker():
-    """A worker dies with its parent, however that dies, and of Ctrl-C at once."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    follow = lambda: (multiprocessing.parent_process().join(), os._exit(1))
-    threading.Thread(target=follow, daemon=True).start()
-
-
-def pack_shards(jobs, workers):
-    """Make the shards in `workers` processes; yield what pack_shard returns."""
-    if workers == 1:
-        yield from map(pack_shard, jobs)
-        return
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, spawn, begin_worker) as pool:
-        try:
-            for done in concurrent.futures.as_completed([pool.submit(pack_shard, job) for job in jobs]):
-                yield done.result()
-        except BrokenProcessPool:
-            raise clips.ClipsError("a worker was killed, perhaps for want of memory (take fewer --workers); "
-                                   "the same command goes on where it was") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
 def pack(args, chosen, dropped):
     """Make our share of the shards; if no other share's is missing then, complete the set and report."""
     begin, lines, (number, shares) = time.time(), to_lines(chosen), args.share
@@ -439,7 +410,7 @@ def pack_missing(jobs, out, workers):
     total, left = (sum(len(job.clips) for job in some) for some in (jobs, todo))
     # Clips count when their shard is done, and the rate is the whole run's mean: the time left is no guess.
     with tqdm(total=total, initial=total - left, unit="clip", desc=str(out), smoothing=0) as bar:
-        for count in pack_shards(todo, min(workers, max(1, len(todo)))):
+        for count in clips.pack_shards(pack_shard, todo, min(workers, max(1, len(todo)))):
             bar.update(count)
 
 
