@@ -25,15 +25,12 @@ Reads a checkpoint (train.py's or the authors'). Prints the report, writes it to
 import argparse
 import collections
 import contextlib
-import difflib
 import fcntl
 import hashlib
-import itertools
 import json
 import math
 import multiprocessing
 import multiprocessing.connection
-import os
 import pathlib
 import sys
 import time
@@ -42,22 +39,24 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import calvin
-import calvin_expert
-import clips
-import model as gr1
-import pictures
-import tabletop
+from model import GR1, PRESETS, ModelError, preset_config
+from nanogr import pictures, weights
+from nanogr.common import (Parser, UserError, check_same, cores, make_room, nearest, parse_part, quiet,
+                           run_script, write_whole)
+from nanogr.encoders import build_encoders
+from nanogr.policy import Policy, act_together, to_action
+from nanogr.worlds import calvin, expert, tabletop
 
 CHAIN = 5                      # instructions
 FILM_STEPS = 4                 # a GIF shows every fourth step
+WRITTEN = ("report.md", "report.json", "*-[0-9][0-9][0-9].gif", "episodes.jsonl")       # into --out
 # Each has STEPS, TASKS, instruction, success, draw_start, draw_chain.
 RULES = dict(tabletop=tabletop, calvin=calvin)
 RECYCLE = 50                   # chains of a worker, then it is replaced: resetting calvin_env leaks 12 MB
 
 
 def parse():
-    parser = clips.Parser(description="Judge a policy by CALVIN's rules.")
+    parser = Parser(description="Judge a policy by CALVIN's rules.")
     parser.add_argument("--env", default="tabletop", choices=list(RULES),
                         help="the world (default: tabletop)")
     parser.add_argument("--checkpoint", default="out/finetune",
@@ -66,7 +65,7 @@ def parse():
     parser.add_argument("--clip", metavar="FILE", help="likewise CLIP's; none: random, to try things out")
     parser.add_argument("--policy", default="model",
                         choices=["model", "untrained", "random", "noop", "scripted"])
-    parser.add_argument("--preset", default="tiny", choices=list(gr1.PRESETS),
+    parser.add_argument("--preset", default="tiny", choices=list(PRESETS),
                         help="of --policy untrained (default: tiny)")
     parser.add_argument("--scene", default="D", choices=list(tabletop.SCENES))
     parser.add_argument("--episodes", type=int, metavar="K",
@@ -90,7 +89,7 @@ def parse():
                              "what the policy foresees")
     parser.add_argument("--serve", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
                         help="one model for all workers, in batches (default: where there is a GPU)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
+    parser.add_argument("--workers", type=int, default=cores(), help="processes (default: all cores)")
     parser.add_argument("--shard", default="1/1", metavar="I/N", help="play the I-th of N parts, I = 1 .. N")
     parser.add_argument("--resume", action="store_true", help="go on with what --out holds")
     parser.add_argument("--merge", nargs="+", metavar="DIR",
@@ -117,7 +116,7 @@ def parse():
     if args.env == "tabletop" and args.gif:
         parser.error("--gif is for --env calvin; sample.py films the tabletop")
     args.tasks = parse_tasks(parser, args)
-    args.part, args.parts = clips.parse_part(parser, args.shard)
+    args.part, args.parts = parse_part(parser, args.shard)
     args.device = None             # what draws; calvin.probe finds out
     return args
 
@@ -132,8 +131,7 @@ def parse_tasks(parser, args):
     named, known = (args.tasks or "all").split(","), alone(args.env)
     for task in named if named != ["all"] else []:
         if task not in RULES[args.env].TASKS:
-            near = difflib.get_close_matches(task, known, 1, 0)[0]
-            parser.error(f"--tasks: {args.env} has no {task!r}; did you mean {near}?")
+            parser.error(f"--tasks: {args.env} has no {task!r}; did you mean {nearest(task, known)}?")
         if task not in known:
             parser.error(f"--tasks: {task} starts with a block in the hand, in the drawer or on another, as "
                          "no initial state of CALVIN's does: chains judge it")
@@ -170,7 +168,7 @@ class Scripted(Baseline):
 
     def start(self, world, task):
         if isinstance(world, calvin.Calvin):
-            self.expert = self.expert or calvin_expert.Expert(world, self.rng)
+            self.expert = self.expert or expert.Expert(world, self.rng)
             self.actions = self.expert.perform(task)
         else:
             self.actions = (tabletop.demonstrate(world, task, self.rng) if tabletop.feasible(world, task)
@@ -194,11 +192,11 @@ def load_policy(args):
         return Scripted("scripted", args.seed)
     if args.policy == "untrained":
         torch.manual_seed(args.seed)
-        config = gr1.preset_config(args.preset)
-        encoders = gr1.build_encoders(config, args.mae or "none", args.clip or "none")
-        return gr1.Policy(gr1.GR1(config, *encoders).to(device))
-    model = gr1.GR1.from_pretrained(args.checkpoint, vision=args.mae, text=args.clip)
-    return gr1.Policy(model.to(device))
+        config = preset_config(args.preset)
+        encoders = build_encoders(config, args.mae or "none", args.clip or "none")
+        return Policy(GR1(config, *encoders).to(device))
+    model = GR1.from_pretrained(args.checkpoint, vision=args.mae, text=args.clip)
+    return Policy(model.to(device))
 
 
 # ---------------------------------------------------------------------------------------- one model for all
@@ -236,7 +234,7 @@ class Server:
         """asked: list of (connection, question, content), at most one of each connection; -> what to send:
         list of (connection, answer)."""
         for connection, _, _ in asked:
-            self.policies.setdefault(connection, gr1.Policy(self.model))
+            self.policies.setdefault(connection, Policy(self.model))
         found = [(connection, foresight(self.policies[connection])) for connection, question, _ in asked
                  if question == "foresight"]
         steps = [(connection, *content) for connection, question, content in asked if question == "step"]
@@ -246,8 +244,8 @@ class Server:
         if not steps:
             return found
         connections, observations, sentences, _ = zip(*steps)
-        arm, gripper = gr1.act_together([self.policies[c] for c in connections], observations, sentences)
-        return found + list(zip(connections, map(gr1.to_action, arm, gripper)))
+        arm, gripper = act_together([self.policies[c] for c in connections], observations, sentences)
+        return found + list(zip(connections, map(to_action, arm, gripper)))
 
     def forget(self, connection):
         self.policies.pop(connection, None)
@@ -257,7 +255,7 @@ def foresight(policy):
     """What a policy predicts after its last step: (frames ahead, images), or None if it doesn't predict."""
     if isinstance(policy, Remote):
         return policy.foresight()
-    if isinstance(policy, gr1.Policy) and policy.model.config.video:
+    if isinstance(policy, Policy) and policy.model.config.video:
         return policy.model.config.future, list(policy.predicted_frames().values())
     return None
 
@@ -363,7 +361,7 @@ def play(job, world, policy, args):
 
 def work(connection, args):
     """A worker process: one world, one episode after the other; says None when it is ready for the next."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)              # EGL and calvin_env print when they start
+    quiet()
     torch.set_num_threads(1)
     policy, world = Remote(connection) if args.serve else load_policy(args), None
     connection.send(("result", None))
@@ -409,7 +407,7 @@ def tell(ours, what, crew):
 
 def died(ours, crew):
     crew[ours].join()
-    return gr1.ModelError(f"a worker died (exit status {crew[ours].exitcode}), what it said stands above; "
+    return UserError(f"a worker died (exit status {crew[ours].exitcode}), what it said stands above; "
                           "finished episodes are kept: --resume")
 
 
@@ -575,7 +573,7 @@ def settings(args):
 def fingerprint(checkpoint):
     """What tells a checkpoint of train.py's or a file of the authors' from any other."""
     path = pathlib.Path(checkpoint)
-    step = gr1.read_config(checkpoint).get("step")
+    step = weights.read_config(checkpoint).get("step")
     content = digest(path / "model.safetensors" if path.is_dir() else path)
     return f"{'' if step is None else f'step {step}, '}{content}"
 
@@ -604,20 +602,13 @@ def read_episodes(directory):
     """What a run has written: -> (settings, list of episodes). A last line cut off by a kill is left out."""
     path = pathlib.Path(directory) / "episodes.jsonl"
     if not path.is_file():
-        raise gr1.ModelError(f"{path} is not there: {directory} holds no run to merge")
+        raise UserError(f"{path} is not there: {directory} holds no run to merge")
     whole = path.read_bytes().rpartition(b"\n")[0].splitlines()
     try:
         said, *results = [json.loads(line) for line in whole]
         return said["settings"], results
     except (ValueError, KeyError, TypeError) as error:
-        raise gr1.ModelError(f"{path} is damaged ({error!r}): delete it and play that part again") from None
-
-
-def check_same(before, now, where):
-    changed = [f"{name} {before.get(name)}, not {now.get(name)}" for name in sorted(before | now)
-               if before.get(name) != now.get(name)]
-    if changed:
-        raise gr1.ModelError(f"{where} was played with {'; '.join(changed)}")
+        raise UserError(f"{path} is damaged ({error!r}): delete it and play that part again") from None
 
 
 def begin(args, said):
@@ -626,7 +617,9 @@ def begin(args, said):
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open_alone(path)
     if not args.resume and path.read_bytes().count(b"\n") > 1:
-        make_room(path.parent)
+        aside = make_room(path.parent, WRITTEN)
+        print(f"out: the run that was in {path.parent} is now in {aside} (--resume would have gone on with "
+              "it)", file=sys.stderr)
         file = open_alone(path)
     if not args.resume:
         file.truncate(0)                                       # settings without an episode, at most
@@ -648,22 +641,10 @@ def open_alone(path):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise gr1.ModelError(f"another run is writing {path}: choose another --out") from None
+        raise UserError(f"another run is writing {path}: choose another --out") from None
     except OSError:                                            # a file system that knows no locks
         pass
     return file
-
-
-def make_room(directory):
-    """Move what an earlier run wrote aside, so that nothing is overwritten; other files stay."""
-    n = next(n for n in itertools.count(1) if not pathlib.Path(f"{directory}.{n}").exists())
-    aside = pathlib.Path(f"{directory}.{n}")
-    aside.mkdir()
-    for name in ("report.md", "report.json", "*-[0-9][0-9][0-9].gif", "episodes.jsonl"):
-        for path in directory.glob(name):
-            path.rename(aside / path.name)
-    print(f"out: the run that was in {directory} is now in {directory}.{n} (--resume would have gone on with "
-          "it)", file=sys.stderr)
 
 
 def run(args):
@@ -676,7 +657,7 @@ def run(args):
               "do too; EGL's are the ones to compare", file=sys.stderr)
     mine = jobs_of(said)[args.part - 1::args.parts]
     if not mine:
-        raise gr1.ModelError("nothing to play: --episodes and --chains are both 0, or --shard is empty")
+        raise UserError("nothing to play: --episodes and --chains are both 0, or --shard is empty")
     results, file = begin(args, said)
     done = {key(result) for result in results}
     todo = [job for job in mine if job not in done]
@@ -699,10 +680,10 @@ def merge(args):
         results += more
     count = collections.Counter(map(key, results))
     if max(count.values(), default=0) > 1:
-        raise gr1.ModelError(f"{sum(n > 1 for n in count.values())} episodes are there twice, such as "
+        raise UserError(f"{sum(n > 1 for n in count.values())} episodes are there twice, such as "
                              f"{max(count, key=count.get)}: give each shard once")
     if not results:
-        raise gr1.ModelError(f"{', '.join(args.merge)}: no episode was finished yet")
+        raise UserError(f"{', '.join(args.merge)}: no episode was finished yet")
     path = pathlib.Path(args.out) / "episodes.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open_alone(path):
@@ -710,8 +691,8 @@ def merge(args):
             before, there = read_episodes(args.out)
             check_same(before, said, args.out)
             if not set(map(key, there)) <= set(count):
-                raise gr1.ModelError(f"{args.out} holds episodes that these don't: choose another --out")
-        clips.write_whole(path, b"".join(map(to_line, [dict(settings=said), *results])))
+                raise UserError(f"{args.out} holds episodes that these don't: choose another --out")
+        write_whole(path, b"".join(map(to_line, [dict(settings=said), *results])))
     return said, results
 
 
@@ -745,7 +726,7 @@ def report(args, said, results):
     out.mkdir(parents=True, exist_ok=True)
     for name, content in (("report.md", text), ("report.json", json.dumps(
             header | figures | {"timing": time_spent, "episodes": results}, indent=1))):
-        clips.write_whole(out / name, content.encode())
+        write_whole(out / name, content.encode())
     print(f"{text}\nwritten to {out}/report.md and report.json")
 
 
@@ -755,7 +736,7 @@ def list_chains(args):
         with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
             rows = calvin.draw_chains(pool.map)
         if not np.array_equal(rows, calvin.read_chains()):
-            raise calvin.CalvinError("the generator and fixtures/calvin_chains.txt differ: numpy's legacy "
+            raise UserError("the generator and fixtures/calvin_chains.txt differ: numpy's legacy "
                                      "random numbers have changed; the file is right")
     conditions = calvin.initial_conditions()
     states = [calvin.initial_state(condition) for condition in conditions]
@@ -773,7 +754,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (clips.ClipsError, gr1.ModelError, calvin.CalvinError, OSError) as problem:
-        sys.exit(f"error: {problem}")
+    run_script(main, ModelError)

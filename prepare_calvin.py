@@ -3,7 +3,7 @@
     python prepare_calvin.py DATASET OUT             # DATASET: task_ABCD_D, ..., or its .zip as it is
     python prepare_calvin.py DATASET OUT --limit 50  # only the first 50 segments of each split
     python prepare_calvin.py DATASET OUT --verify    # read OUT again beside DATASET: is it the same?
-    python clips.py OUT                              # what came out; checks every byte
+    python -m nanogr.clips OUT                              # what came out; checks every byte
     python train.py --stage finetune --data OUT
 
 Reads, for each of training/ and validation/ that DATASET has:
@@ -26,7 +26,6 @@ import functools
 import io
 import json
 import math
-import os
 import pathlib
 import pickle
 import re
@@ -38,7 +37,8 @@ import zlib
 import numpy as np
 from tqdm import tqdm
 
-import clips
+from nanogr import clips
+from nanogr.common import Parser, UserError, cores, in_pool, parse_part, run_script, write_whole
 
 SHARD = 64                                             # segments; about 4,000 frames, 100 MB
 CAMERAS = dict(rgb_static=(200, 200, 3), rgb_gripper=(84, 84, 3))
@@ -96,7 +96,7 @@ class Folder:
             raise ValueError("a frame is missing") from None
         except KeyError as error:
             raise ValueError(f"a frame has no {error.args[0].split()[0]}") from None
-        except (OSError, TypeError, ValueError, MemoryError, clips.ClipsError, *DAMAGED):
+        except (OSError, TypeError, ValueError, MemoryError, UserError, *DAMAGED):
             raise ValueError("a frame can't be read") from None
 
 
@@ -108,7 +108,7 @@ class Zip(Folder):
         try:
             self.zip = zipfile.ZipFile(path)
         except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-            raise clips.ClipsError(f"{path} is no whole zip ({error}): finish the download") from None
+            raise UserError(f"{path} is no whole zip ({error}): finish the download") from None
         ends = [name for name in self.zip.namelist() if name.endswith("/ep_start_end_ids.npy")]
         self.top = ends[0].rpartition("/")[0].rpartition("/")[0] if ends else ""
 
@@ -123,7 +123,7 @@ class Zip(Folder):
         try:
             return io.BytesIO(self.zip.read(found))
         except DAMAGED as error:
-            raise clips.ClipsError(f"{self.path}: {name} in it is damaged ({error!r}): download it again"
+            raise UserError(f"{self.path}: {name} in it is damaged ({error!r}): download it again"
                                    ) from None
 
     def exists(self, name):
@@ -144,7 +144,7 @@ def open_source(path):
         return Folder(path)
     if path.is_file() and path.suffix == ".zip":
         return Zip(path)
-    raise clips.ClipsError(f"{path} is neither a directory nor a .zip: no CALVIN data set")
+    raise UserError(f"{path} is neither a directory nor a .zip: no CALVIN data set")
 
 
 class PlainType:
@@ -153,7 +153,7 @@ class PlainType:
 
     def __init__(self, spec, align, copy):
         if not re.fullmatch("[biufSU][0-9]+|O8?", spec):
-            raise clips.ClipsError(f"refused, for it has the dtype {spec[:20]!r}, which no annotation needs")
+            raise UserError(f"refused, for it has the dtype {spec[:20]!r}, which no annotation needs")
         self.dtype = np.dtype(spec)
 
     def __setstate__(self, state):
@@ -170,10 +170,10 @@ class PlainArray(np.ndarray):
         _, shape, plain, fortran, values = state
         if type(plain) is not PlainType or type(shape) is not tuple \
                 or len(shape) > 8 or not all(type(n) is int and n >= 0 for n in shape):
-            raise clips.ClipsError("refused, for an array in it has an odd type or shape")
+            raise UserError("refused, for an array in it has an odd type or shape")
         kind, size = (list, 1) if plain.dtype == object else (bytes, plain.dtype.itemsize)
         if type(values) is not kind or len(values) != math.prod(shape) * size:
-            raise clips.ClipsError("refused, for an array in it does not hold what its type and shape say")
+            raise UserError("refused, for an array in it does not hold what its type and shape say")
         super().__setstate__((1, shape, plain.dtype, bool(fortran), values))
 
 
@@ -210,7 +210,7 @@ class SafeUnpickler(pickle.Unpickler):
     def find_class(self, module, name):
         key = module.replace("numpy._core.", "numpy.core."), name              # numpy 2's and numpy 1's
         if key not in self.STAND_INS:
-            raise clips.ClipsError(f"refused, for it names {f'{module}.{name}'!r}, which no annotation needs")
+            raise UserError(f"refused, for it names {f'{module}.{name}'!r}, which no annotation needs")
         return self.STAND_INS[key]
 
 
@@ -225,14 +225,14 @@ def load_annotations(source, name):
         language, pairs = content["language"], np.array(content["info"]["indx"], np.int64).reshape(-1, 2)
         sentences, tasks = [str(x) for x in language["ann"]], [str(x) for x in language["task"]]
     except FileNotFoundError:
-        raise clips.ClipsError(f"{path} is missing: only annotated segments can be packed") from None
-    except clips.ClipsError as error:
-        raise clips.ClipsError(f"{path}: {error}") from None
+        raise UserError(f"{path} is missing: only annotated segments can be packed") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except (OSError, pickle.UnpicklingError, AttributeError, IndexError, KeyError, TypeError, ValueError,
             MemoryError, OverflowError, RecursionError, SystemError, *DAMAGED) as error:
-        raise clips.ClipsError(f"{path} is not a CALVIN annotation ({error!r}): download it again") from None
+        raise UserError(f"{path} is not a CALVIN annotation ({error!r}): download it again") from None
     if not len(sentences) == len(tasks) == len(pairs):
-        raise clips.ClipsError(f"{path}: {len(sentences)} sentences, {len(tasks)} tasks, {len(pairs)} pairs")
+        raise UserError(f"{path}: {len(sentences)} sentences, {len(tasks)} tasks, {len(pairs)} pairs")
     return sentences, tasks, pairs
 
 
@@ -242,7 +242,7 @@ def load_recordings(source, name):
         with source.open(name) as file:
             recordings = np.load(file, allow_pickle=False).astype(np.int64).reshape(-1, 2)
     except (OSError, ValueError, MemoryError, *DAMAGED) as error:
-        raise clips.ClipsError(f"{source.path / name} can't be read ({error}): download it again") from None
+        raise UserError(f"{source.path / name} can't be read ({error}): download it again") from None
     return recordings[np.argsort(recordings[:, 0])]
 
 
@@ -300,7 +300,7 @@ def pack_shard(job):
                 dropped[str(reason)] += 1
             else:
                 writer.add(**clip)
-        clips.write_whole(left_out(out, index), json.dumps(dropped).encode())
+        write_whole(left_out(out, index), json.dumps(dropped).encode())
     return len(part)
 
 
@@ -325,7 +325,7 @@ def pack(args, split):
         workers = min(args.workers, max(1, len(todo)))
         if workers > 1:
             open_source.cache_clear()                          # each worker has its own
-        for count in clips.pack_shards(pack_shard, todo, workers):
+        for count in in_pool(pack_shard, todo, workers):
             bar.update(count)
     if not all(clips.shard_is_done(out, job[3]) for job in shards):
         print(f"{out}: part {args.shard} is done; once all parts are there, start the command again")
@@ -367,7 +367,7 @@ def is_same(data, i, raw):
 
 
 def parse():
-    parser = clips.Parser(description="Pack CALVIN's language-annotated segments into clips.")
+    parser = Parser(description="Pack CALVIN's language-annotated segments into clips.")
     parser.add_argument("dataset", type=pathlib.Path, help="a directory or .zip with training/, validation/")
     parser.add_argument("out", type=pathlib.Path, help="where the packed data sets go")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N segments of each split")
@@ -378,11 +378,11 @@ def parse():
                         f"{ZIP_WORKERS}, which take a GB or two each)")
     parser.add_argument("--shard", default="1/1", metavar="I/N", help="pack the I-th of N parts, I = 1 .. N")
     args = parser.parse_args()
-    args.part, args.parts = clips.parse_part(parser, args.shard)
+    args.part, args.parts = parse_part(parser, args.shard)
     if args.limit is not None and args.limit < 1:
         parser.error("--limit must be at least 1")
     if args.workers is None:
-        args.workers = min(os.cpu_count(), ZIP_WORKERS if args.dataset.suffix == ".zip" else os.cpu_count())
+        args.workers = min(cores(), ZIP_WORKERS) if args.dataset.suffix == ".zip" else cores()
     if args.workers < 1:
         parser.error("--workers must be at least 1")
     return args
@@ -390,19 +390,16 @@ def parse():
 
 def main():
     args, failed = parse(), False
-    try:
-        splits = open_source(args.dataset).splits()
-        if not splits:
-            raise clips.ClipsError(f"{args.dataset} has no training/ or validation/: no CALVIN data set")
-        for split in splits:
-            if args.verify:
-                failed |= verify(args, split)
-            else:
-                pack(args, split)
-    except (clips.ClipsError, OSError) as error:       # OSError: OUT can't be written, the disk is full
-        sys.exit(f"prepare_calvin.py: {error}")
+    splits = open_source(args.dataset).splits()
+    if not splits:
+        raise UserError(f"{args.dataset} has no training/ or validation/: no CALVIN data set")
+    for split in splits:
+        if args.verify:
+            failed |= verify(args, split)
+        else:
+            pack(args, split)
     sys.exit(failed)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

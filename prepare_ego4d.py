@@ -46,7 +46,8 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from tqdm import tqdm
 
-import clips
+from nanogr import clips
+from nanogr.common import Parser, UserError, cores, in_pool, parse_part, run_script, write_whole
 
 FRAMES, STEP, SIZE = 10, 1 / 3, 224
 SPAN = (FRAMES - 1) * STEP                             # 3 s from the first frame to the last
@@ -128,9 +129,9 @@ def reading(path, advice):
     try:
         yield
     except OSError as error:
-        raise clips.ClipsError(f"{path}: {error.strerror}. {advice}") from None
+        raise UserError(f"{path}: {error.strerror}. {advice}") from None
     except (AttributeError, KeyError, TypeError, ValueError, csv.Error) as error:
-        raise clips.ClipsError(f"{path} can't be used ({type(error).__name__}: {error}). {advice}") from None
+        raise UserError(f"{path} can't be used ({type(error).__name__}: {error}). {advice}") from None
 
 
 def load_videos(path, folder, splits):
@@ -169,7 +170,7 @@ def load_narrations(path):
     with reading(path, ADVICE):
         content = json.loads(path.read_bytes(), object_hook=pair)
         if "videos" in content:
-            raise clips.ClipsError(f"{path} has the format of all_narrations_redacted.json, not that of "
+            raise UserError(f"{path} has the format of all_narrations_redacted.json, not that of "
                                    "narration.json, which is needed")
         for (uid, video), number in itertools.product(content.items(), (1, 2)):
             with reading(f"{path}, video {uid}, pass {number}", ADVICE):
@@ -368,13 +369,13 @@ def pack_shard(job):
             check_folder(job.folder)                   # again: its disk may have gone
         log = dict(clips=len(writer.clips), seconds=round(time.process_time() - begin, 2),
                    bytes=writer.offsets[-1], lost=[(*key, count) for key, count in lost.items()])
-        clips.write_whole(log_path(job), json.dumps(log).encode())
+        write_whole(log_path(job), json.dumps(log).encode())
     return len(job.clips)
 
 
 def check_folder(folder):
     if not folder.is_dir():                            # else each of its videos would count as lost
-        raise clips.ClipsError(f"{folder}: no such folder; the videos are in DATASET/--folder, or --videos")
+        raise UserError(f"{folder}: no such folder; the videos are in DATASET/--folder, or --videos")
 
 
 def pack(args, chosen, dropped):
@@ -384,11 +385,11 @@ def pack(args, chosen, dropped):
     try:
         clips.claim(args.out, source=source, clips=len(chosen), crc32=zlib.crc32(lines), crop=args.crop,
                     shard=SHARD)
-    except clips.ClipsError as error:
-        raise clips.ClipsError(f"{error}, or keep to its list: --clip-list {args.out}/clips.jsonl") from None
-    clips.write_whole(args.out / "clips.jsonl", lines)
+    except UserError as error:
+        raise UserError(f"{error}, or keep to its list: --clip-list {args.out}/clips.jsonl") from None
+    write_whole(args.out / "clips.jsonl", lines)
     if not (args.clip_list or (args.out / "choice.json").exists()):
-        clips.write_whole(args.out / "choice.json", json.dumps(count_dropped(dropped), indent=1).encode())
+        write_whole(args.out / "choice.json", json.dumps(count_dropped(dropped), indent=1).encode())
     jobs = make_jobs(chosen, **options_of(args))
     ours = jobs[number - 1::shares]
     pack_missing(ours, args.out, args.workers)
@@ -410,7 +411,7 @@ def pack_missing(jobs, out, workers):
     total, left = (sum(len(job.clips) for job in some) for some in (jobs, todo))
     # Clips count when their shard is done, and the rate is the whole run's mean: the time left is no guess.
     with tqdm(total=total, initial=total - left, unit="clip", desc=str(out), smoothing=0) as bar:
-        for count in clips.pack_shards(pack_shard, todo, min(workers, max(1, len(todo)))):
+        for count in in_pool(pack_shard, todo, min(workers, max(1, len(todo)))):
             bar.update(count)
 
 
@@ -477,7 +478,7 @@ def estimate(args, chosen, n_videos=8, n_clips=10):
         log = load_log(job)
     print_lost(log["lost"])
     if not log["clips"]:
-        raise clips.ClipsError(f"nothing to estimate from: no clip of {len(some)} videos could be read")
+        raise UserError(f"nothing to estimate from: no clip of {len(some)} videos could be read")
     seconds, size = (log[key] / len(sample) for key in ("seconds", "bytes"))
     hours = seconds * len(chosen) / 3600
     print(f"tried {len(sample)} clips of {len(some)} videos: {seconds:.2f} core-seconds and {size:,.0f} "
@@ -499,7 +500,7 @@ def report(out, jobs, wall):
                   bytes_a_frame=counts["bytes"] / counts["frames"],
                   core_hours=sum(log["seconds"] for log in logs) / 3600, wall_hours_of_last_run=wall / 3600,
                   lost=[dict(zip(("video", "reason", "clips"), each)) for each in lost], **choice)
-    clips.write_whole(out / "report.json", json.dumps(result, indent=1).encode())
+    write_whole(out / "report.json", json.dumps(result, indent=1).encode())
     print_dropped(choice["dropped"])
     print("packed {packed:,} of {listed:,} clips: {hours:.4g} hours, {gigabytes:.4g} GB, "
           "{bytes_a_frame:,.0f} bytes a frame, {core_hours:.4g} core-hours".format(**result))
@@ -532,7 +533,7 @@ def verify_shard(job):
     has = len(clips.load_shard(job.out, job.index)["episodes"])
     lost = sum(count for _, _, count in load_log(job)["lost"])
     if has + lost != len(job.clips):
-        raise clips.ClipsError(f"{job.out}: shard {job.index:05d} has {has} clips and lost {lost}, but "
+        raise UserError(f"{job.out}: shard {job.index:05d} has {has} clips and lost {lost}, but "
                                f"clips.jsonl lists {len(job.clips)}")
 
 
@@ -541,7 +542,7 @@ def noting(problems):
     """Adds a ClipsError to the problems and goes on after the block."""
     try:
         yield
-    except clips.ClipsError as error:
+    except UserError as error:
         problems.append(str(error))
 
 
@@ -568,26 +569,14 @@ def choose_clips(args):
     return chosen, dropped
 
 
-def cores():
-    """How many this process may use: a container or a batch system may grant fewer than there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 def splits(text):
     if not set(text.split(",")) <= {"train", "val", "test", "multi"}:
         raise argparse.ArgumentTypeError(f"{text}: must be some of train,val,test,multi")
     return set(text.split(","))
 
 
-def share(text):
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise argparse.ArgumentTypeError(f"{text}: must be 1/8, 2/8 ... or 8/8, say")
-    return int(found[1]), int(found[2])
-
-
 def parse():
-    parser = clips.Parser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("dataset", nargs="?", type=pathlib.Path, help="Ego4D's folder v1 or v2")
     parser.add_argument("out", type=pathlib.Path, help="where the packed data set goes")
     parser.add_argument("--folder", default="video_540ss", help="where in DATASET the videos are")
@@ -600,12 +589,13 @@ def parse():
                         help="leave out videos that any of Ego4D's benchmarks has there")
     parser.add_argument("--crop", action="store_true", help="take the central square, don't squash")
     parser.add_argument("--workers", type=int, default=cores(), help="processes, a core each")
-    parser.add_argument("--shard", type=share, dest="share", default=(1, 1), metavar="I/N",
+    parser.add_argument("--shard", default="1/1", metavar="I/N",
                         help="make the I-th of N shares, on a machine each; all write into one OUT")
     parser.add_argument("--estimate", action="store_true", help="print what it will take, write nothing")
     parser.add_argument("--verify", action="store_true", help="check a finished OUT")
     parser.add_argument("--deep", action="store_true", help="with --verify: every byte and every frame")
     args = parser.parse_intermixed_args()              # so that OUT may stand alone, before or after flags
+    args.share = parse_part(parser, args.shard)
     given = lambda key: getattr(args, key) != parser.get_default(key)
     for wrong, message in (
             (args.deep and not args.verify, "--deep goes with --verify"),
@@ -634,18 +624,15 @@ def main():
         if args.estimate or not chosen:                # a packed set's report tells this at its end
             print_dropped(count_dropped(dropped)["dropped"])
         if not chosen:
-            raise clips.ClipsError("no clip is left to pack")
+            raise UserError("no clip is left to pack")
         estimate(args, chosen) if args.estimate else pack(args, chosen, dropped)
-    except clips.ClipsError as error:
-        sys.exit(f"prepare_ego4d.py: {error}")
     except MemoryError:
-        sys.exit("prepare_ego4d.py: out of memory; with fewer --workers the same command goes on")
+        raise UserError("out of memory; with fewer --workers the same command goes on") from None
     except OSError as error:                           # OUT can't be written, the disk is full
-        sys.exit(f"prepare_ego4d.py: {error.filename or args.out}: {error.strerror}; mend that, and the same "
-                 "command goes on where it was")
+        raise UserError(f"{error}; mend that, and the same command goes on where it was") from None
     except KeyboardInterrupt:
-        sys.exit("prepare_ego4d.py: interrupted; the same command goes on where it was")
+        raise UserError("interrupted; the same command goes on where it was") from None
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -5,20 +5,18 @@
     python record_calvin.py --out data/raw --format calvin          # record: CALVIN's own files, a frame each
     python record_calvin.py --replay data/raw/training              # do its commands lead there again?
 
-The simulator is an extra, see calvin.py; the expert, and how one of its skills is written: calvin_expert.py.
+The simulator is an extra, see docs/calvin.md; the expert and its skills are in nanogr/worlds/expert.py.
 It plays without a reset from whatever state it finds, choosing among the tasks that make sense there, rare
 ones first; physics alone, 2 ms a step. What succeeds is drawn afterwards, 90 ms a frame, from stored states.
 A killed run goes on where it was: start it again.
 
 In order: play, recording, looking, main.
 """
-import difflib
 import io
 import itertools
 import json
 import multiprocessing
 import multiprocessing.connection
-import os
 import pathlib
 import shlex
 import sys
@@ -28,9 +26,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-import calvin
-import calvin_expert
-import clips
+from nanogr import clips
+from nanogr.common import Parser, UserError, cores, nearest, parse_part, quiet, run_script, write_whole
+from nanogr.worlds import calvin
+from nanogr.worlds import expert as experts
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -46,7 +45,7 @@ def start_play(world, seed):
         blocks[:, :2] += rng.uniform(-0.02, 0.02, (3, 2)) * (blocks[:, 1:2] < 0)     # of those on the table
         return world.reset(robot, scene)
     seen = world.reset(seed=seed)
-    travel, lit = calvin_expert.fixtures_of(world.env).door_travel, int(rng.integers(2))
+    travel, lit = experts.fixtures_of(world.env).door_travel, int(rng.integers(2))
     scene = seen["scene_obs"].copy()
     scene[:6] = rng.choice([0, travel]), rng.choice([0, 0.22]), 0, 0.088 * lit, lit, rng.integers(2)
     return world.reset(seen["robot_obs"], scene, seed)
@@ -81,10 +80,10 @@ def play(world, seed, counts, n_tasks=8, asked=calvin.NAMES, **options):
     is one of those `asked` for."""
     start_play(world, seed)
     rng = np.random.default_rng([seed, 1])
-    expert = calvin_expert.Expert(world, rng, fast=rng.uniform(0.6, 0.95), slow=rng.uniform(0.4, 0.6))
+    expert = experts.Expert(world, rng, fast=rng.uniform(0.6, 0.95), slow=rng.uniform(0.4, 0.6))
     noise = rng.choice([0, rng.uniform(0, 0.2)])              # half of the sessions go straight
     for i in range(n_tasks):
-        tasks = [task for task in calvin_expert.feasible(expert) if i + 1 < n_tasks or task in asked]
+        tasks = [task for task in experts.feasible(expert) if i + 1 < n_tasks or task in asked]
         if not tasks:
             return
         weights = np.array([1 / (1 + counts[task]) ** 2 for task in tasks])
@@ -100,11 +99,6 @@ def play(world, seed, counts, n_tasks=8, asked=calvin.NAMES, **options):
             world.step([0, 0, 0, 0, 0, 0, expert.grip])
         for action in expert.settle():
             world.step(action)
-
-
-def quiet():
-    """No prints from EGL and calvin_env, which announce themselves on starting and on ending."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def measure(scene, seed, n):
@@ -159,7 +153,7 @@ def achieved(robot_obs, following, grip):
     """CALVIN's rel_actions: by how much the *measured* pose changed. The arm lags behind its commands, so
     these replay less well than what was executed."""
     move = np.clip((following[:3] - robot_obs[:3]) / 0.02, -1, 1)
-    turn = np.clip(calvin_expert.wrap(following[3:6] - robot_obs[3:6]) / 0.05, -1, 1)
+    turn = np.clip(experts.wrap(following[3:6] - robot_obs[3:6]) / 0.05, -1, 1)
     return np.array([*move, *turn, grip])
 
 
@@ -270,7 +264,7 @@ class CalvinWriter:
 
     def __exit__(self, error, *_):
         if error is None:
-            clips.write_whole(self.note, json.dumps(self.segments).encode())
+            write_whole(self.note, json.dumps(self.segments).encode())
 
 
 WRITERS = dict(clips=ClipWriter, calvin=CalvinWriter)
@@ -318,7 +312,7 @@ def finish_calvin(out):
     only CALVIN's own loaders ask for is not there: statistics.yaml, scene_info.npy, .hydra/."""
     segments = read_segments(out)
     if not segments:
-        raise calvin.CalvinError(f"{out}: no demonstration was found in any session of play")
+        raise UserError(f"{out}: no demonstration was found in any session of play")
     pairs = np.array([(segment["first"], segment["last"]) for segment in segments])
     sessions = [list(each) for _, each in itertools.groupby(segments, key=lambda segment: segment["session"])]
     recordings = np.array([(each[0]["first"], each[-1]["last"]) for each in sessions])
@@ -331,7 +325,7 @@ def finish_calvin(out):
                           (out / "lang_annotations/auto_lang_ann.npy", annotations)):
         file = io.BytesIO()
         np.save(file, content, allow_pickle=True)              # CALVIN's format has a pickle here
-        clips.write_whole(path, file.getvalue())
+        write_whole(path, file.getvalue())
     print(f"{out}: {len(segments)} demonstrations, {(np.diff(pairs) + 1).sum()} frames")
 
 
@@ -370,7 +364,7 @@ def contact_sheet(path, found):
             sheet.paste(Image.fromarray(picture).resize((SIDE, SIDE)), (left + k * SIDE, top + 16))
     file = io.BytesIO()
     sheet.save(file, "PNG")
-    clips.write_whole(pathlib.Path(path), file.getvalue())
+    write_whole(pathlib.Path(path), file.getvalue())
     print(f"wrote {path}")
 
 
@@ -402,7 +396,7 @@ def in_processes(functions, jobs, workers):
                     result = ours.recv()
                 except (EOFError, ConnectionResetError):
                     process.join()
-                    raise calvin.CalvinError(f"a process died (exit status {process.exitcode}), what it said "
+                    raise UserError(f"a process died (exit status {process.exitcode}), what it said "
                                              "stands above; finished shards are kept: run it again") from None
                 if stage + 1 == len(functions):
                     yield job, result
@@ -449,7 +443,7 @@ def replay_all(args):
     out = pathlib.Path(args.replay)
     scenes = sorted({segment["scene"] for segment in read_segments(out)})
     if not scenes:
-        raise calvin.CalvinError(f"{out}/segments holds no demonstrations in CALVIN's files to replay")
+        raise UserError(f"{out}/segments holds no demonstrations in CALVIN's files to replay")
     jobs = [(scene, out) for scene in scenes]
     print_success(add_up([(job[0], tried) for job, tried in in_processes([replay], jobs, args.workers)]))
 
@@ -468,7 +462,7 @@ def record_all(args):
     notes.mkdir(exist_ok=True)
     with tqdm(total=len(mine) * per_shard, initial=(len(mine) - len(todo)) * per_shard, unit="demo") as bar:
         for (index, scene, _), tried in in_processes([search, draw], todo, args.workers):
-            clips.write_whole(notes / f"{index:05d}.json", json.dumps([scene, tried]).encode())
+            write_whole(notes / f"{index:05d}.json", json.dumps([scene, tried]).encode())
             bar.update(per_shard)
     print_success(add_up([json.loads(note.read_text()) for note in sorted(notes.glob("*.json"))]))
     if not all(is_done(args, index) for index in range(shards)):
@@ -483,7 +477,7 @@ def record_all(args):
 
 
 def parse():
-    parser = clips.Parser(description="A scripted expert in the real simulator, and its demonstrations.")
+    parser = Parser(description="A scripted expert in the real simulator, and its demonstrations.")
     parser.add_argument("--out", help="directory of the data set")
     parser.add_argument("--measure", action="store_true", help="record nothing, print the expert's success")
     parser.add_argument("--replay", metavar="DIR", help="record nothing, execute the commands of DIR, "
@@ -506,16 +500,15 @@ def parse():
     parser.add_argument("--split", default="training", choices=["training", "validation"],
                         help="validation: states that training has not (default: training)")
     parser.add_argument("--renderer", default="egl", choices=["egl", "tiny"])
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
+    parser.add_argument("--workers", type=int, default=cores(), help="processes (default: all cores)")
     parser.add_argument("--shard", default="1/1", metavar="I/N",
                         help="record the I-th of N parts, I = 1 .. N")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    args.part, args.parts = clips.parse_part(parser, args.shard)
+    args.part, args.parts = parse_part(parser, args.shard)
     unknown = [task for task in args.tasks if task not in calvin.NAMES]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], calvin.NAMES, 1, 0)[0]
-        parser.error(f"--tasks: there is no {unknown[0]}; did you mean {near}?")
+        parser.error(f"--tasks: there is no {unknown[0]}; did you mean {nearest(unknown[0], calvin.NAMES)}?")
     if not args.scenes or not set(args.scenes) <= set("ABCD"):
         parser.error("--scenes takes letters of ABCD, for instance ABC")
     if min(args.demos, args.each, args.play, args.workers) < 1 or args.seed < 0:
@@ -543,7 +536,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (clips.ClipsError, calvin.CalvinError, OSError) as problem:
-        sys.exit(f"error: {problem}")
+    run_script(main)

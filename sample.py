@@ -11,28 +11,28 @@ Reads a checkpoint (train.py's or the authors') and maybe packed clips (clips.py
 rollout or clip: NAME.gif, the cameras with sentence and outcome; with predictions also NAME.png, a sheet of
 about eight moments: true now / predicted t+F / true t+F / error, for each camera. F is the model's `future`.
 """
-import difflib
 import io
 import os
 import pathlib
-import sys
 import tempfile
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-import clips
-import model as gr1
-import tabletop
-from pictures import GRAY, INK, LARGE, SMALL, enlarge, page, write_gif
+from model import GR1, ModelError, to_pixels
+from nanogr import clips, weights
+from nanogr.common import Parser, UserError, nearest, run_script, write_whole
+from nanogr.pictures import GRAY, INK, LARGE, SMALL, enlarge, page, write_gif
+from nanogr.policy import Policy, change_errors, draw, to_images
+from nanogr.worlds import tabletop
 
 MOMENTS = 8                    # columns of a sheet
 HEAT = 4                       # the error is drawn so many times brighter
 
 
 def parse():
-    parser = clips.Parser(description="Rollouts and predicted frames as pictures.")
+    parser = Parser(description="Rollouts and predicted frames as pictures.")
     parser.add_argument("--checkpoint",
                         help="directory that train.py wrote, or the authors' file (default: out/finetune)")
     parser.add_argument("--mae", metavar="FILE", help="MAE's weights (default: as in training, or the hub's)")
@@ -47,9 +47,9 @@ def parse():
     args = parser.parse_args()
     args.show_predictions |= args.data is not None
     if args.data is not None and args.instruction is not None:
-        raise gr1.ModelError("clips bring their own sentences: give --instruction or --data, not both")
+        raise UserError("clips bring their own sentences: give --instruction or --data, not both")
     if args.episodes < 1 or args.seed < 0:
-        raise gr1.ModelError("--episodes must be 1 or more and --seed 0 or more")
+        raise UserError("--episodes must be 1 or more and --seed 0 or more")
     return args
 
 
@@ -57,19 +57,17 @@ def load_model(args):
     """The model that --checkpoint names, on a GPU if there is one; sets args.checkpoint, args.trained."""
     if args.checkpoint is None and args.show_predictions and os.path.exists("out/pretrain/config.json") \
             and not os.path.exists("out/finetune/config.json"):
-        raise gr1.ModelError("no checkpoint in out/finetune: train one with `train.py --stage finetune`, or "
+        raise UserError("no checkpoint in out/finetune: train one with `train.py --stage finetune`, or "
                              "--checkpoint out/pretrain --data DIR to see what a pre-trained one foresees")
     args.checkpoint = args.checkpoint or "out/finetune"
-    args.trained = gr1.read_config(args.checkpoint)
-    model = gr1.GR1.from_pretrained(args.checkpoint, vision=args.mae, text=args.clip)
+    args.trained = weights.read_config(args.checkpoint)
+    model = GR1.from_pretrained(args.checkpoint, vision=args.mae, text=args.clip)
     if args.show_predictions and not model.config.video:
-        raise gr1.ModelError(f"{args.checkpoint} was trained without [OBS]: it predicts no frames to show")
+        raise UserError(f"{args.checkpoint} was trained without [OBS]: it predicts no frames to show")
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-# ---------------------------------------------------------------------------------------------- takes
-
-
+# ----------------------------------------------------------------------------------------------- takes
 @dataclass
 class Take:
     """A rollout or a recorded clip of L steps."""
@@ -89,8 +87,8 @@ class Take:
 def rollouts(args, model):
     """Takes of the policy in the tabletop. Task, sentence and start follow from seed and number alone."""
     if not set(model.config.cameras) <= {"rgb_static", "rgb_gripper"}:
-        raise gr1.ModelError(f"the tabletop has not all cameras of {list(model.config.cameras)}: use --data")
-    policy, order = gr1.Policy(model), np.random.default_rng(args.seed).permutation(list(tabletop.TASKS))
+        raise UserError(f"the tabletop has not all cameras of {list(model.config.cameras)}: use --data")
+    policy, order = Policy(model), np.random.default_rng(args.seed).permutation(list(tabletop.TASKS))
     known = {sentence: task for task, sentences in tabletop.TASKS.items() for sentence in sentences}
     for i in range(args.episodes):
         seed, task, sentence = args.seed + i, str(order[i % len(order)]), args.instruction
@@ -102,8 +100,8 @@ def rollouts(args, model):
         world.reset(*tabletop.draw_start(args.scene, task, seed) if task else ())
         yield roll_out(world, policy, task, sentence, f"rollout-{i:02d}")
     if task is None:
-        near = difflib.get_close_matches(sentence.lower(), known, 1, 0)[0]
-        print(f"not judged: the oracle doesn't know '{sentence}'; the nearest that it knows is '{near}'")
+        print(f"not judged: the oracle doesn't know '{sentence}'; the nearest that it knows is "
+              f"'{nearest(sentence.lower(), known)}'")
 
 
 def roll_out(world, policy, task, sentence, name):
@@ -129,10 +127,10 @@ def recorded(args, model):
         ids, kind = (held_out, "held-out clip") if len(held_out) else (ids, "clip")
     lacking = [camera for camera in model.config.cameras if camera not in data.cameras]
     if lacking:
-        raise clips.ClipsError(f"{data.directory} has no camera {lacking[0]}, which {args.checkpoint} needs: "
+        raise UserError(f"{data.directory} has no camera {lacking[0]}, which {args.checkpoint} needs: "
                                "give other data or another --checkpoint")
     if model.config.robot and not data.has_actions:
-        raise clips.ClipsError(f"{data.directory} has no robot states, which {args.checkpoint} needs: "
+        raise UserError(f"{data.directory} has no robot states, which {args.checkpoint} needs: "
                                "give demonstrations, or a pre-trained --checkpoint")
     for i in np.random.default_rng(args.seed).permutation(ids)[:args.episodes].tolist():
         clip = data.read(i, cameras=list(model.config.cameras))
@@ -140,9 +138,7 @@ def recorded(args, model):
                    clip["frames"], clip["robot_obs"], data.fps)
 
 
-# ---------------------------------------------------------------------------------------------- foresight
-
-
+# ------------------------------------------------------------------------------------------- foresight
 def foresee(model, pixels, take):
     """
     What the model foresees at each step: {camera: (1, L, P, patch^2 * 3)}; pixels: {camera: (L, 3, S, S)}.
@@ -166,27 +162,26 @@ def foresee(model, pixels, take):
 
 @torch.no_grad()
 def look_ahead(model, take):
-    """-> strips {camera: {label: uint8 (L, S, S, 3)}}, squared errors (cameras, 2), see gr1.change_errors."""
+    """-> strips {camera: {label: uint8 (L, S, S, 3)}}, squared errors (cameras, 2), see change_errors."""
     config, F, strips = model.config, model.config.future, {}
     device = next(model.parameters()).device
-    pixels = {camera: gr1.to_pixels(torch.from_numpy(take.frames[camera]).to(device).movedim(-1, 1), side)
+    pixels = {camera: to_pixels(torch.from_numpy(take.frames[camera]).to(device).movedim(-1, 1), side)
               for camera, side in config.cameras.items()}
     out = foresee(model, pixels, take)
     for camera, x in pixels.items():
-        now, predicted = (gr1.to_images(y).cpu().numpy() for y in (x, gr1.draw(out[camera][0], x, config)))
+        now, predicted = (to_images(y).cpu().numpy() for y in (x, draw(out[camera][0], x, config)))
         true = np.concatenate([now[F:], np.full_like(now[:F], 232)])              # past the end: a gray field
         error = HEAT * np.abs(predicted.astype(float) - true).mean(-1, keepdims=True)
         strips[camera] = {"true now": now, f"predicted t+{F}": predicted, f"true t+{F}": true,
                           f"error x {HEAT}": error.clip(0, 255).astype(np.uint8).repeat(3, -1)}
     pairs = max(0, take.length - F)                                 # steps whose future frame was seen
-    errors = gr1.change_errors({camera: x[:, :pairs] for camera, x in out.items()},
+    errors = change_errors({camera: x[:, :pairs] for camera, x in out.items()},
                                {camera: x[None] for camera, x in pixels.items()},
                                torch.ones(1, pairs, dtype=torch.bool, device=device), config)
     return strips, errors.cpu()
 
 
-# ---------------------------------------------------------------------------------------------- pictures
-
+# -------------------------------------------------------------------------------------------- pictures
 COLOURS = {True: (20, 128, 60), False: (190, 50, 40), None: GRAY}        # of the outcome, by verdict
 
 
@@ -236,7 +231,7 @@ def draw_take(args, model, take, out):
         note = f"error: |predicted - true|, {HEAT} times brighter (white: {255 // HEAT} of 255 or more)"
         file = io.BytesIO()
         sheet(strips, caption + [(note, SMALL, GRAY)], moments).save(file, "PNG")
-        clips.write_whole(out / f"{take.name}.png", file.getvalue())
+        write_whole(out / f"{take.name}.png", file.getvalue())
     return errors
 
 
@@ -247,7 +242,7 @@ def main():
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
-        raise gr1.ModelError(f"cannot write to --out {out}: {error.strerror}") from None
+        raise UserError(f"cannot write to --out {out}: {error.strerror}") from None
     print(f"checkpoint {args.checkpoint} (--checkpoint), step {args.trained.get('step', 'unknown')}, seed "
           f"{args.seed}, " + (f"clips of {args.data}" if args.data else f"tabletop scene {args.scene}"))
     verdicts, errors = [], torch.zeros(len(model.config.cameras), 2)
@@ -267,7 +262,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (clips.ClipsError, gr1.ModelError) as problem:
-        sys.exit(f"error: {problem}")
+    run_script(main, ModelError)

@@ -41,16 +41,14 @@ import torch
 import torch.nn as nn
 from PIL import Image
 
-import bench
-import calvin
-import clips
 import eval_calvin
 import model as gr1
 import prepare_calvin
 import prepare_ego4d
 import sample
-import tabletop
 import train
+from nanogr import bench, clips, common, encoders, policy, weights
+from nanogr.worlds import calvin, tabletop
 
 ROOT = pathlib.Path(__file__).resolve().parent
 CAMERAS = ["rgb_static", "rgb_gripper"]
@@ -80,7 +78,7 @@ def small_config(**changes):
 def small_model(seed=0, **changes):
     torch.manual_seed(seed)
     config = small_config(**changes)
-    return gr1.GR1(config, *gr1.build_encoders(config)).eval()
+    return gr1.GR1(config, *encoders.build_encoders(config)).eval()
 
 
 def random_window(config, batch=2):
@@ -130,7 +128,7 @@ def fails_in_one_line(script, *arguments, words):
 
 def refused(words, call, *arguments, **named):
     """The call raises a user's error: one line, in which the pattern `words` is found."""
-    with pytest.raises((gr1.ModelError, clips.ClipsError), match=words) as error:
+    with pytest.raises((gr1.ModelError, common.UserError), match=words) as error:
         call(*arguments, **named)
     return "\n" not in str(error.value)
 
@@ -244,7 +242,7 @@ def test_fast_trunk_equals_the_naive_one():
     mask, weights = torch.tensor([[True] * 4, [True] * 3 + [False]]), torch.randn_like(queries)
     tokens, at = context.unflatten(1, (4, 10)), torch.arange(4).repeat_interleave(9)
     results = []
-    for out in trunk(tokens, queries, at, mask), gr1.naive_trunk(trunk, tokens, queries, at, mask):
+    for out in trunk(tokens, queries, at, mask), bench.naive_trunk(trunk, tokens, queries, at, mask):
         leaves = [context, queries, *(p for p in trunk.parameters() if p.requires_grad)]
         results.append([out, *torch.autograd.grad((out * weights).sum(), leaves, retain_graph=True)])
     assert all(torch.allclose(a, b, rtol=0, atol=1e-10) for a, b in zip(*results, strict=True))
@@ -257,14 +255,14 @@ def test_pixels_and_patches_by_hand():
     assert gr1.patchify(image, 2)[1].tolist() == second
     assert gr1.patchify(image, 2)[2, :3].tolist() == [120, 220, 320]                        # bottom left
     images = torch.randn(2, 5, 3, 32, 32)
-    assert torch.equal(gr1.unpatchify(gr1.patchify(images, 16), 16), images)
+    assert torch.equal(policy.unpatchify(gr1.patchify(images, 16), 16), images)
     frames = torch.randint(0, 256, (2, 3, 3, 24, 24), dtype=torch.uint8)
     pixels = gr1.to_pixels(frames, 24)
     for c, (mean, std) in enumerate(((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))):
         assert same(pixels[1, 2, c, 3, 4], (frames[1, 2, c, 3, 4] / 255 - mean) / std)
-    assert torch.equal(gr1.to_images(pixels), frames.permute(0, 1, 3, 4, 2))
+    assert torch.equal(policy.to_images(pixels), frames.permute(0, 1, 3, 4, 2))
     flat = torch.full((1, 1, 3, 20, 20), 77, dtype=torch.uint8)
-    assert all((gr1.to_images(gr1.to_pixels(flat, side)) == 77).all() for side in (16, 32))
+    assert all((policy.to_images(gr1.to_pixels(flat, side)) == 77).all() for side in (16, 32))
 
 
 def test_shift_is_one_for_a_window():
@@ -273,7 +271,7 @@ def test_shift_is_one_for_a_window():
     frames[:, :, 0], frames[:, :, 1] = torch.arange(20)[:, None], torch.arange(20)          # row, column
     frames[:, :, 2] = torch.arange(3)[:, None, None]                                        # timestep
     dy, dx = by = torch.randint(-2, 3, (2, 200))
-    shifted = gr1.shift(frames, by.T)
+    shifted = train.shift(frames, by.T)
     rows, columns = ((torch.arange(20) + d[:, None]).clamp(0, 19) for d in (dy, dx))
     assert (shifted[:, :, 0] == rows[:, None, :, None]).all()
     assert (shifted[:, :, 1] == columns[:, None, None, :]).all()
@@ -317,7 +315,7 @@ def test_losses_by_hand(video_at, norm_pixels):
     assert all(abs(losses[name].item() - expected[name]) < 1e-4 for name in losses)
     nothing = batch | {key: torch.zeros_like(batch[key]) for key in ("action_mask", "future_mask")}
     assert all(value == 0 for value in gr1.losses(out, nothing, pixels, config).values())
-    counts, few = gr1.count_targets(batch), torch.tensor([0.5, 0.5])           # one known target in two parts
+    counts, few = train.count_targets(batch), torch.tensor([0.5, 0.5])           # one known target in two parts
     for name, value in gr1.losses(out, batch, pixels, config, few).items():
         assert same(value * 0.5, losses[name] * counts[0 if name in ("arm", "gripper") else 1], 1e-3)
 
@@ -325,14 +323,14 @@ def test_losses_by_hand(video_at, norm_pixels):
 def test_foresight_is_judged_and_drawn():
     """Catches pictures scaled by another patch's spread; a ratio that counts padding or what stands still."""
     config, frame = small_config(), torch.randn(2, 3, 32, 32)
-    assert same(gr1.draw(gr1.video_target(frame, config), frame, config), frame, 1e-5)
+    assert same(policy.draw(gr1.video_target(frame, config), frame, config), frame, 1e-5)
     config, x = small_config(norm_pixels=False), torch.rand(2, 6, 3, 32, 32)
-    assert torch.equal(gr1.draw(gr1.video_target(frame, config), torch.zeros_like(frame), config), frame)
+    assert torch.equal(policy.draw(gr1.video_target(frame, config), torch.zeros_like(frame), config), frame)
     x[..., 16:] = x[:, :1, ..., 16:]                                           # the right half never changes
     now, future = gr1.patchify(x[:, :4], 16), gr1.patchify(x[:, 2:], 16)
     perfect = future.clone()
     perfect[:, :, [1, 3]] += 1                                                 # but for that half
-    errors = lambda out, real=True: gr1.change_errors(
+    errors = lambda out, real=True: policy.change_errors(
         dict.fromkeys(CAMERAS, out), dict.fromkeys(CAMERAS, x), torch.full((2, 4), real), config)
     assert errors(now).shape == (2, 2) and (errors(now) > 0).all() and same(*errors(now).T, 1e-4)
     assert (errors(perfect)[:, 0] == 0).all() and same(errors(perfect)[:, 1], errors(now)[:, 1], 1e-4)
@@ -350,7 +348,7 @@ def test_copy_gate_keeps_the_present_frame():
         one = 16 * 5 + 7                                       # a pixel of each patch: row 5, column 7
         model.video_head.pixels.bias[768 + one] = -50
         model.video_head.pixels.bias[:768] = torch.arange(768.)
-        painted = gr1.unpatchify(model(pixels, *inputs)["rgb_static"], 16)
+        painted = policy.unpatchify(model(pixels, *inputs)["rgb_static"], 16)
     colour = torch.arange(3 * one, 3 * one + 3.0)[:, None, None]
     assert same(painted[..., 5::16, 7::16], colour.expand(3, 2, 2), 1e-3)
     painted[..., 5::16, 7::16] = pixels["rgb_static"][..., 5::16, 7::16]
@@ -386,7 +384,7 @@ def test_one_batch_is_learned(robot):
 
 def test_keypoints_say_where_and_what():
     """Catches a keypoint with row and column swapped, upside down, at another scale, or of another cell."""
-    vision, images = gr1.TinyVision(8, points=2), torch.zeros(3, 3, 32, 32)
+    vision, images = encoders.TinyVision(8, points=2), torch.zeros(3, 3, 32, 32)
     for i, (row, column) in enumerate(((1, 6), (1, 7), (2, 6))):             # one bright cell of 8 x 8
         images[i, 0, 4 * row:4 * row + 4, 4 * column:4 * column + 4] = 1
     with torch.no_grad():
@@ -405,7 +403,7 @@ def test_keypoints_say_where_and_what():
 def test_the_papers_model():
     """Catches a layer too many or too wide; frozen encoders that train, are reset or fill the checkpoints."""
     config = gr1.preset_config("gr1")
-    encoders = gr1.build_encoders(config, "none", "none")
+    encoders = encoders.build_encoders(config, "none", "none")
     total = lambda: [sum(p.abs().sum().item() for p in encoder.parameters()) for encoder in encoders]
     before, model = total(), gr1.GR1(config, *encoders).train()
     assert total() == before
@@ -435,7 +433,7 @@ class Recorded(nn.Module):
 
 def golden_file(path, prefix="", **more):
     """The golden weights as the authors store theirs: a torch file with a state_dict. -> (path, golden)."""
-    golden = np.load(ROOT / "fixtures/official_small.npz")
+    golden = np.load(ROOT / "tests/fixtures/official_small.npz")
     weights = {prefix + name[7:]: torch.tensor(golden[name]) for name in golden if name.startswith("weight/")}
     torch.save({"state_dict": weights | more, "epoch": 3}, path)
     return path, golden
@@ -490,7 +488,7 @@ def test_ego4d_weights_of_the_authors(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "GR-MG" in said and "goal image" in said
     anew = said.split("random until trained")[1]
-    assert all(part in anew for part in gr1.finetuning_parts(golden_config().cameras))
+    assert all(part in anew for part in weights.finetuning_parts(golden_config().cameras))
     assert same(model.embed_language.weight, torch.tensor(golden["weight/embed_lang.weight"]))
     assert same(model.trunk.blocks[1].kv.weight.T,
                 torch.tensor(golden["weight/transformer.h.1.attn.c_attn.weight"])[:, 32:])
@@ -533,7 +531,7 @@ def test_bad_official_files(tmp_path):
 
 def test_the_authors_file_at_full_size(tmp_path):
     """Catches a tensor of the real model that is unknown, misplaced, lost or of another size."""
-    lines = (ROOT / "fixtures/official_keys.txt").read_text().splitlines()[2:]
+    lines = (ROOT / "tests/fixtures/official_keys.txt").read_text().splitlines()[2:]
     shapes = {name: tuple(map(int, shape.split("x"))) if shape else () for name, _, shape in
               (line.partition(" ") for line in lines)}
     state = {name: torch.full(shape, float(i)) for i, (name, shape) in enumerate(shapes.items())}
@@ -541,7 +539,7 @@ def test_the_authors_file_at_full_size(tmp_path):
     model = gr1.GR1(config, Recorded(), Recorded())
     state["decoder_pos_embed"] = model.video_head.positions_rgb_static[None].clone()
     torch.save({"state_dict": state}, tmp_path / "snapshot.pt")
-    said = model.load_pretrained(gr1.read_checkpoint(tmp_path / "snapshot.pt"), "snapshot.pt")
+    said = model.load_pretrained(weights.read_checkpoint(tmp_path / "snapshot.pt"), "snapshot.pt")
     left = sum(int(re.match(r"  left out (\d+)", line)[1]) for line in said.splitlines()[1:])
     assert "random" not in said and said.startswith(f"{len(state) - left} of the {len(state)} tensors")
     learned = {name: x for name, x in model.trained_state().items()}
@@ -554,9 +552,9 @@ def test_the_authors_file_at_full_size(tmp_path):
 def test_policy_equals_the_full_forward(changes):
     """Catches what a policy may wrongly keep: features at an old place in the window, sentence or episode."""
     model, rng = small_model(**changes), np.random.default_rng(0)
-    policy, history, config = gr1.Policy(model), [], model.config
+    policy, history, config = policy.Policy(model), [], model.config
     assert refused("call step before", policy.predicted_frames)
-    assert refused("no .OBS", gr1.Policy(small_model(video=False)).predicted_frames)
+    assert refused("no .OBS", policy.Policy(small_model(video=False)).predicted_frames)
     for step in range(25):
         if step in (9, 20):
             policy.reset()
@@ -575,7 +573,7 @@ def test_policy_equals_the_full_forward(changes):
         assert np.abs(arm - out["arm"][0, -1].numpy()).max() < 1e-5
         assert np.abs(gripper - out["gripper"][0, -1].numpy()).max() < 1e-5, step
         for c, frame in policy.predicted_frames().items():
-            drawn = gr1.to_images(gr1.draw(out[c][0, -1], pixels[c][0, -1], config)).numpy().astype(int)
+            drawn = policy.to_images(policy.draw(out[c][0, -1], pixels[c][0, -1], config)).numpy().astype(int)
             assert frame.shape == (32, 32, 3) and np.abs(frame - drawn).max() <= 1
             assert (frame == drawn).mean() > 0.99
     action = policy.step(history[0], "x")
@@ -586,9 +584,9 @@ def test_policy_equals_the_full_forward(changes):
 def test_checkpoints_come_back_or_are_refused(tmp_path):
     """Catches a checkpoint that lacks a tensor or a setting, strict=False, tracebacks for damaged files."""
     model, load = small_model(seed=1, chunk=3, action_activation=True), gr1.GR1.from_pretrained
-    gr1.save_checkpoint(tmp_path, model, step=7)
+    weights.save_checkpoint(tmp_path, model, step=7)
     loaded, inputs = load(tmp_path), random_window(model.config)
-    assert loaded.config == model.config and not loaded.training and gr1.read_config(tmp_path)["step"] == 7
+    assert loaded.config == model.config and not loaded.training and weights.read_config(tmp_path)["step"] == 7
     answers, again = model(*inputs), loaded(*inputs)
     assert set(answers) == set(again) and all(torch.equal(answers[name], again[name]) for name in answers)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
@@ -614,14 +612,14 @@ def test_malicious_weights_are_not_run(tmp_path):
     bomb, path = tmp_path / "exploded", tmp_path / "weights.pth"
     for legacy in False, True:
         torch.save(dict(model=Bomb(bomb)), path, _use_new_zipfile_serialization=not legacy)
-        assert refused("weights.pth", gr1.read_weights, path) and not bomb.exists()
+        assert refused("weights.pth", weights.read_weights, path) and not bomb.exists()
     torch.load(path, weights_only=False)
     assert bomb.is_dir()                                                      # it is a working bomb
     torch.save(dict(model=dict(a=torch.ones(2))), path)
-    assert gr1.read_weights(path)["a"].tolist() == [1, 1]
+    assert weights.read_weights(path)["a"].tolist() == [1, 1]
     for damaged in b"", b"not weights", path.read_bytes()[:-40], path.read_bytes()[:40]:
         path.write_bytes(damaged)
-        assert refused("weights.pth", gr1.read_weights, path)
+        assert refused("weights.pth", weights.read_weights, path)
 
 
 # ------------------------------------------------------------------------------------------ clips.py
@@ -747,7 +745,7 @@ def test_temp_names(tmp_path, monkeypatch):
     """Catches two machines whose processes have one number, and so write into one file; a file of another's
     that is swept away while it is written."""
     with clips.ShardWriter(tmp_path, 0, ["a"]) as one:
-        monkeypatch.setattr(clips.platform, "node", lambda: "another")
+        monkeypatch.setattr(common.platform, "node", lambda: "another")
         with clips.ShardWriter(tmp_path, 0, ["a"]) as another:
             assert one.temp != another.temp and one.temp.exists() and another.temp.exists()
             for writer in one, another:
@@ -1074,7 +1072,7 @@ def test_forged_arrays_are_refused(tmp_path):
         for name in sys.argv[2:]:
             try:
                 prepare_calvin.load_annotations(prepare_calvin.Folder(pathlib.Path(sys.argv[1])), name)
-            except clips.ClipsError as error:
+            except common.UserError as error:
                 print(error)"""
     ended = subprocess.run([sys.executable, "-c", check, tmp_path, *forged], cwd=ROOT, capture_output=True,
                            text=True)                       # apart, for a failure would end pytest too
@@ -1889,7 +1887,7 @@ def test_an_episode_depends_on_its_seed_alone():
 def test_one_model_serves_many_worlds():
     """Catches histories that get mixed up, or a batch that acts otherwise than each policy alone."""
     model, rng = small_model(), np.random.default_rng(0)
-    alone, together = ([gr1.Policy(model) for _ in range(3)] for _ in range(2))
+    alone, together = ([policy.Policy(model) for _ in range(3)] for _ in range(2))
     for t in range(7):
         who = [i for i in range(3) if t >= i and rng.random() < 0.8]                  # of different ages
         seen = [dict({c: rng.integers(256, size=(32, 32, 3), dtype=np.uint8) for c in CAMERAS},
@@ -1897,8 +1895,8 @@ def test_one_model_serves_many_worlds():
         sentences = [f"do {i} {t // 4}" for i in who]
         apart = [alone[i].step(o, text) for i, o, text in zip(who, seen, sentences)]
         if who:
-            chunks = gr1.act_together([together[i] for i in who], seen, sentences)
-            actions = [gr1.to_action(*chunk) for chunk in zip(*chunks)]
+            chunks = policy.act_together([together[i] for i in who], seen, sentences)
+            actions = [policy.to_action(*chunk) for chunk in zip(*chunks)]
             assert np.allclose(actions, apart, atol=1e-5)
             images = [list(policies[who[0]].predicted_frames().values()) for policies in (alone, together)]
             assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(*images))
@@ -1992,7 +1990,7 @@ def test_nothing_played_is_lost(tmp_path, monkeypatch, capsys):
 def has_simulator():
     try:
         return bool(calvin.package())
-    except calvin.CalvinError:
+    except common.UserError:
         return False
 
 
@@ -2028,7 +2026,7 @@ def test_calvin_starts_of_single_instructions():
         assert np.isclose(state[6], (0.05, 0.23), atol=1e-5).any() and state[7] < 0 and abs(state[11]) < 2
     assert all(calvin.draw_start("D", "open_drawer", seed)[1][1] == 0 for seed in range(20))
     assert np.array_equal(calvin.draw_start("D", None, 3)[1], calvin.draw_start("D", None, 3)[1])
-    with pytest.raises(calvin.CalvinError, match="chains only"):
+    with pytest.raises(common.UserError, match="chains only"):
         calvin.draw_start("D", "stack_block", 0)
 
 
@@ -2093,7 +2091,7 @@ def test_what_the_probe_says(monkeypatch):
             (None, 1, "", "Traceback\nOSError: libX11.so", "calvin_env doesn't run here .*libX11.*install")):
         ended = subprocess.CompletedProcess([], status, out, said)
         monkeypatch.setattr(subprocess, "run", lambda *_, **__: ended)
-        with pytest.raises(calvin.CalvinError, match=words) as error:
+        with pytest.raises(common.UserError, match=words) as error:
             calvin.probe(renderer)
         assert "\n" not in str(error.value)
     for renderer, name in ("egl", "EGL, llvmpipe (256 bits)"), ("tiny", "TinyRenderer"), (None, ""):
@@ -2131,7 +2129,7 @@ def test_the_button_bug_is_refused(world, monkeypatch):
         self.state = type(self.state)(0)
 
     monkeypatch.setattr(button, "reset", forgetful)
-    with pytest.raises(calvin.CalvinError, match="first press"):
+    with pytest.raises(common.UserError, match="first press"):
         world.check_button()
 
 
@@ -2140,10 +2138,10 @@ def test_no_egl_and_no_git_are_one_line(world, monkeypatch, tmp_path):
     """Catches a plugin that does not load and ends the process as if all were well, git's traceback."""
     import pybullet
     monkeypatch.setattr(pybullet, "loadPlugin", lambda *_: -1)
-    with pytest.raises(calvin.CalvinError, match="plugin does not load.*libegl1"):
+    with pytest.raises(common.UserError, match="plugin does not load.*libegl1"):
         calvin.Calvin("D", "egl")
     monkeypatch.setattr(calvin, "package", lambda: tmp_path)
-    with pytest.raises(calvin.CalvinError, match="can't tell the commit.*safe.directory"):
+    with pytest.raises(common.UserError, match="can't tell the commit.*safe.directory"):
         calvin.commit()
 
 
@@ -2229,18 +2227,18 @@ def checkpoints(tabletop_data, tmp_path_factory):
 
 def test_finetuning_starts_from_pretraining(checkpoints, tabletop_data, tmp_path):
     """Catches pre-trained weights that are skipped, or kept in spite of --fresh; a missing log."""
-    before = gr1.read_weights(checkpoints / "pretrain/model.safetensors")
+    before = weights.read_weights(checkpoints / "pretrain/model.safetensors")
     assert set(read_log(checkpoints / "finetune", "arm")) == set(range(1, 7))
     for key in "val/arm", "val/rgb_static", "val/rgb_static_ratio", "val/rgb_gripper_ratio":
         assert set(read_log(checkpoints / "finetune", key)) == {3, 6}
     assert (checkpoints / "finetune/000006.png").exists() and (checkpoints / "finetune/resume.pt").exists()
-    stored = gr1.read_config(checkpoints / "finetune")
+    stored = weights.read_config(checkpoints / "finetune")
     assert stored["train"]["batch"] == 4 and stored["step"] == 6 and stored["model"]["width"] == 32
     for fresh, parts in ("none", set()), ("trunk", {"trunk"}):
         start = training("finetune", tabletop_data / "demonstrations", tmp_path / fresh, "--lr", 1e-12)
         flags = ["--weight-decay", 0, "--init", checkpoints / "pretrain", "--steps", 1, "--fresh", fresh]
         assert run(*start, *flags)[0] == 0
-        after = gr1.read_weights(tmp_path / fresh / "model.safetensors")
+        after = weights.read_weights(tmp_path / fresh / "model.safetensors")
         assert set(before) < set(after)
         assert {name.split(".")[0] for name in before if not same(before[name], after[name])} == parts
 
@@ -2269,7 +2267,7 @@ def test_scripts_read_the_authors_files(tmp_path, tabletop_data):
 def test_benchmark_runs_and_compares_equals(capsys, monkeypatch):
     """Catches a benchmark of two things that do not compute the same, or one that breaks."""
     monkeypatch.setattr(os, "cpu_count", lambda: 1)      # else it times two threads as well
-    gr1.bench(small_config(), seconds=0.1)
+    bench.bench_model(small_config(), seconds=0.1)
     lines = capsys.readouterr().out.splitlines()
     assert float(re.search(r"outputs differ by (\S+)", lines[1])[1]) < 1e-5
     names = [line[:54].strip() for line in lines[3:]]
@@ -2354,10 +2352,10 @@ def test_resume_equals_straight(tabletop_data, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(clips.Windows, "__getitem__", lambda *at: read(*at) if at[1][0] < 4 else 1 / 0)
         run(*command("cut"))
-    assert gr1.read_config(tmp_path / "cut")["step"] == 3
+    assert weights.read_config(tmp_path / "cut")["step"] == 3
     status, text = run(*command("cut", "--resume"))
     assert status == 0 and "at step 3" in text, text
-    straight, resumed = (gr1.read_weights(tmp_path / x / "model.safetensors") for x in ("straight", "cut"))
+    straight, resumed = (weights.read_weights(tmp_path / x / "model.safetensors") for x in ("straight", "cut"))
     assert all(torch.equal(straight[name], resumed[name]) for name in straight | resumed)
     for key in "lr", "arm", "val/arm":
         assert read_log(tmp_path / "cut", key) == read_log(tmp_path / "straight", key)
@@ -2401,7 +2399,7 @@ dist.init_process_group = dist.destroy_process_group = lambda *_, **more: None  
 for sys.argv in first:
     try:
         bench.bench(sys.argv[1:], world, 0.2) if "--bench" in sys.argv else train.main()
-    except (train.clips.ClipsError, train.gr1.ModelError) as refused:
+    except (train.common.UserError, train.gr1.ModelError) as refused:
         sys.stdout.write(f"refused: {{refused}}\\n")
     world.barrier()                                           # so the other was told as well, or has done it
 sys.argv = last
@@ -2503,7 +2501,7 @@ def test_two_processes_that_are_told_to_stop(two_processes):
     """
     folder, (status, text, errors), _ = two_processes
     assert status == 0 and "stopped: after step" in text and "Traceback" not in errors, text + errors
-    straight, resumed = (gr1.read_weights(folder / x / "model.safetensors") for x in ("straight", "told"))
+    straight, resumed = (weights.read_weights(folder / x / "model.safetensors") for x in ("straight", "told"))
     assert all(torch.equal(straight[name], resumed[name]) for name in straight | resumed)
 
 
@@ -2535,7 +2533,7 @@ def test_a_run_that_is_told_to_stop_goes_on_later(tabletop_data, tmp_path, monke
         status, text = run(*command("told"))
     assert status == 0 and "stopped: after step 4" in text and "done:" not in text, text
     assert run(*command("told", "--resume"))[0] == 0
-    straight, told = (gr1.read_weights(tmp_path / x / "model.safetensors") for x in ("straight", "told"))
+    straight, told = (weights.read_weights(tmp_path / x / "model.safetensors") for x in ("straight", "told"))
     assert all(torch.equal(straight[name], told[name]) for name in straight | told)
     for key in "arm", "val/arm":
         assert read_log(tmp_path / "told", key) == read_log(tmp_path / "straight", key)
@@ -2553,7 +2551,7 @@ def test_steps_without_finite_gradients_are_skipped(tabletop_data, tmp_path, mon
     bad.update({2, 3})
     assert run(*command("some"))[0] == 0
     assert list(read_log(tmp_path / "some", "skipped").values()) == [0, 0, 1, 2, 2, 2]
-    assert all(x.isfinite().all() for x in gr1.read_weights(tmp_path / "some/model.safetensors").values())
+    assert all(x.isfinite().all() for x in weights.read_weights(tmp_path / "some/model.safetensors").values())
     bad.update(range(100))
     assert fails_in_one_line(*command("last", "--steps", 10), words=["10 steps", "smaller --lr"])
     assert fails_in_one_line(*command("all", "--steps", 20), words=["10 steps", "smaller --lr"])
@@ -2562,7 +2560,7 @@ def test_steps_without_finite_gradients_are_skipped(tabletop_data, tmp_path, mon
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     """Catches a checkpoint that is overwritten by half of another."""
     model = small_model()
-    gr1.save_checkpoint(tmp_path, model)
+    weights.save_checkpoint(tmp_path, model)
     before = (tmp_path / "model.safetensors").read_bytes()
 
     def full(state, file):
@@ -2570,11 +2568,11 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(gr1, "save_file", full)
-    assert refused("cannot write.*No space left.*whole", gr1.save_checkpoint, tmp_path, model)
+    assert refused("cannot write.*No space left.*whole", weights.save_checkpoint, tmp_path, model)
     assert (tmp_path / "model.safetensors").read_bytes() == before
     assert not list(tmp_path.glob("*.tmp"))
     monkeypatch.setattr(gr1, "save_file", mock.Mock(side_effect=OSError))            # an error without words
-    assert refused("cannot write.*OSError.*whole", gr1.save_checkpoint, tmp_path, model)
+    assert refused("cannot write.*OSError.*whole", weights.save_checkpoint, tmp_path, model)
 
 
 def test_schedule_and_the_papers_settings():

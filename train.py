@@ -6,11 +6,11 @@ Train GR-1: `--stage pretrain` on video (what will the camera see?), `--stage fi
     torchrun --nproc 8 train.py --stage finetune      # starts from out/pretrain, 8 processes
     torchrun --nproc 8 train.py --stage finetune --preset gr1 --data DIR    # the paper's model, packed clips
 
-Reads packed clips (clips.py); without --data it lets tabletop.py make them under data/ once. Writes into
+Reads packed clips (nanogr/clips.py); without --data the tabletop makes them under data/ once. Writes into
 --out (default out/STAGE): model.safetensors + config.json (the model), resume.pt (all that --resume needs),
 log.jsonl (every logged line), first_batch.png (what the model is shown), sheets STEP.png (held-out frames:
 now / predicted / true) and best/ (the model with the least held-out loss). After Ctrl-C or SIGTERM it does
-the step to its end, saves all and exits with status 0. --bench and --estimate are in bench.py.
+the step to its end, saves all and exits with status 0. --bench and --estimate are in nanogr/bench.py.
 
 Logged: arm, gripper and one video loss a camera, unweighted, and the gradient's norm, each a mean over all
 processes and over the steps since the last line; skipped: steps without a finite gradient, so far;
@@ -41,12 +41,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import clips
-import model as gr1
+from model import GR1, ModelError, losses, preset_config, to_pixels, total_loss
+from nanogr import clips, weights
+from nanogr.common import Parser, UserError, check_same, cores, make_room, write_whole
+from nanogr.encoders import build_encoders
+from nanogr.policy import change_errors, draw, to_images
 
 # ---------------------------------------------------------------------------------------------- config
-
-
 @dataclass
 class TrainConfig:
     """One training run. Every field is a flag; 0 and "" mean the preset's (see PRESETS) where they say so."""
@@ -127,8 +128,9 @@ def parse(argv=None):
     """Flags -> (TrainConfig, {model settings}, mode: train, bench or estimate); what the preset decides is
     filled in.
     """
-    parser = clips.Parser(description=__doc__.split("\n\n")[0],
+    parser = Parser(description=__doc__.split("\n\n")[0],
                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    # said once: the comment behind a field of TrainConfig is its flag's help
     comments = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", pathlib.Path(__file__).read_text(), re.M))
     for f in dataclasses.fields(TrainConfig):
         flag, about = "--" + f.name.replace("_", "-"), comments.get(f.name, " ").replace("%", "%%")
@@ -157,9 +159,9 @@ def parse(argv=None):
         try:
             changes[key] = json.loads(value.lower() if value in ("True", "False") else value)
         except json.JSONDecodeError:
-            parser.error(f"--model wants KEY=VALUE with a number, true or false, got '{pair}'")
+            parser.error(f"--model wants KEY=VALUE, where VALUE is a JSON value, got '{pair}'")
     config = TrainConfig(**args)
-    gr1.preset_config(config.preset, config.stage, **changes)        # names a misspelt preset or key early
+    preset_config(config.preset, config.stage, **changes)        # names a misspelt preset or key early
     for key, value in PRESETS[config.preset, config.stage].items():
         chosen = config.steps or config.epochs if key in ("steps", "epochs") else False
         if getattr(config, key) == getattr(TrainConfig, key) and not chosen:
@@ -181,11 +183,9 @@ def parse(argv=None):
     return config, changes, mode
 
 
-# ---------------------------------------------------------------------------------------------- processes
-
-
+# ------------------------------------------------------------------------------------------- processes
 @dataclass
-class World:
+class Processes:
     """Which of how many processes this is, and its device."""
     rank: int = 0
     size: int = 1
@@ -222,8 +222,7 @@ def set_up():
     rank, local, size, here = (int(os.environ.get(name, default)) for name, default in
                                (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
     gpu = torch.cuda.is_available()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = torch.cuda.device_count() if gpu else cores
+    count = torch.cuda.device_count() if gpu else cores()
     slots = 1 << (count.bit_length() - 1)                # a power of two divides the presets' batches
     if size == here > slots:
         if rank >= slots:
@@ -233,7 +232,7 @@ def set_up():
                   f"{count} {'GPUs' if gpu else 'cores'}, and a power of two")
         size = here = slots
     elif gpu and here > count:
-        raise gr1.ModelError(f"{here} processes on a machine with {count} GPUs: --nproc {count}")
+        raise UserError(f"{here} processes on a machine with {count} GPUs: --nproc {count}")
     device = torch.device("cuda", local) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
@@ -241,13 +240,11 @@ def set_up():
     if size > 1:
         dist.init_process_group("nccl" if gpu else "gloo", rank=rank, world_size=size)
         if not gpu:
-            torch.set_num_threads(max(1, cores // here))
-    return World(rank, size, device)
+            torch.set_num_threads(max(1, cores() // here))
+    return Processes(rank, size, device)
 
 
-# ---------------------------------------------------------------------------------------------- data
-
-
+# ------------------------------------------------------------------------------------------------ data
 def find_data(config, world):
     """Open --data, or the tabletop's clips, which the first process makes if they are not there yet."""
     path, kind = config.data, {"pretrain": "videos", "finetune": "demonstrations"}[config.stage]
@@ -255,15 +252,17 @@ def find_data(config, world):
         path = f"data/tabletop-{kind}"
         world.print(f"data: no --data given, so the embedded tabletop's {kind} in {path}")
         if world.main and not os.path.exists(f"{path}/meta.json"):
-            script = pathlib.Path(__file__).resolve().with_name("tabletop.py")
-            world.print(f"  making them once: python tabletop.py --make {kind} --out {path}")
-            if subprocess.run([sys.executable, str(script), "--make", kind, "--out", path]).returncode:
-                raise clips.ClipsError("tabletop.py could not make its clips, see above")
+            here = pathlib.Path(__file__).resolve().parent
+            command = ["-m", "nanogr.worlds.tabletop", "--make", kind, "--out", os.path.relpath(path, here)]
+            world.print(f"  making them once: python {' '.join(command)}")
+            # in a process of its own, which Ctrl-C ends
+            if subprocess.run([sys.executable, *command], cwd=here).returncode:
+                raise UserError("the tabletop could not make its clips, see above")
         world.barrier()
     training, validation = clips.open_data(path)
     for data in (training, validation) if validation else (training,):
         if config.stage == "finetune" and not data.has_actions:
-            raise clips.ClipsError(f"{data.directory} has no actions (source: {data.meta['source']}): "
+            raise UserError(f"{data.directory} has no actions (source: {data.meta['source']}): "
                                    "finetuning needs robot demonstrations; use it with --stage pretrain")
     ids, held_out = clips.split(training, 0 if validation else config.held_out)
     ids = clips.share_of_tasks(training, ids, config.data_fraction, config.seed)
@@ -272,20 +271,17 @@ def find_data(config, world):
     return training, ids, training, held_out if len(held_out) else ids
 
 
-def windows(data, ids, batch, config, model_config, **more):
-    return clips.Windows(data, ids, batch, model_config.window, model_config.future,
-                         list(model_config.cameras), model_config.chunk, config.seed, **more)
-
-
 def training_windows(data, ids, config, model_config):
-    return windows(data, ids, config.batch, config, model_config, per_clip=config.windows_per_clip,
-                   shift=config.shift, foresee=config.video_steps if model_config.video else 0)
+    return clips.Windows(data, ids, config.batch, model_config.window, model_config.future,
+                         list(model_config.cameras), model_config.chunk, config.seed, config.windows_per_clip,
+                         config.shift, config.video_steps if model_config.video else 0)
 
 
 def held_out_windows(data, ids, config, model_config, world):
     """At most 64 at once, single ones, not shifted, that foresee at all steps."""
     size = max(1, min(64, config.batch) // world.size) * world.size
-    return windows(data, ids, size, config, model_config)
+    plain = dataclasses.replace(config, batch=size, windows_per_clip=1, shift=0, video_steps=0)
+    return training_windows(data, ids, plain, model_config)
 
 
 def batches(windows, steps, passes, world, workers):
@@ -314,28 +310,42 @@ def to_device(batch, device):
             for k, v in batch.items()}
 
 
-# ---------------------------------------------------------------------------------------------- one pass
-
-
+# -------------------------------------------------------------------------------------------- one pass
 def see(batch, config):
     """Frames as the model sees them, {camera: (B, N, 3, S, S)}: shifted, resized, normalised."""
     frames = batch["frames"]
     if "shifts" in batch:
-        frames = {camera: gr1.shift(x, batch["shifts"][camera]) for camera, x in frames.items()}
-    return {camera: gr1.to_pixels(x, config.cameras[camera]) for camera, x in frames.items()}
+        frames = {camera: shift(x, batch["shifts"][camera]) for camera, x in frames.items()}
+    return {camera: to_pixels(x, config.cameras[camera]) for camera, x in frames.items()}
+
+
+def shift(frames, by):
+    """DrQ-v2's augmentation: uint8 frames (B, N, 3, H, W), by (B, 2) px up and to the left, borders repeated.
+    It is the same for all N frames, as in the official code.
+    """
+    batch, _, _, height, width = frames.shape
+    rows = (torch.arange(height, device=frames.device) + by[:, :1]).clamp(0, height - 1)           # (B, H)
+    columns = (torch.arange(width, device=frames.device) + by[:, 1:]).clamp(0, width - 1)          # (B, W)
+    which = torch.arange(batch, device=frames.device)[:, None, None]
+    return frames[which, :, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 4, 1, 2)
 
 
 def predict(net, config, batch, pixels):
     """The model's predictions for a batch that it sees as `pixels`, of which the last are for the losses."""
     seen = {camera: x[:, :x.shape[1] - config.future] for camera, x in pixels.items()}
-    return net(seen, batch["sentences"], batch.get("robot_obs"), batch["mask"], batch.get("video_at"),
-               batch.get("offsets"))
+    return net(seen, batch["sentences"], batch.get("robot_obs"), batch["mask"], batch["video_at"],
+               batch.get("frame_at"))
 
 
 def weighted(named, config):
-    """The sum that is minimised."""
-    weights = {"arm": config.arm_weight, "gripper": config.gripper_weight}
-    return sum(weights.get(name, config.video_weight) * value for name, value in named.items())
+    """The sum that is minimised, weighted as config says."""
+    return total_loss(named, config.arm_weight, config.gripper_weight, config.video_weight)
+
+
+def count_targets(batch):
+    """Float tensor (2,): for how many steps of a batch the action, and the future frame, is known."""
+    actions, futures = batch.get("action_mask"), batch["future_mask"][:, batch["video_at"]]
+    return torch.stack([futures.new_zeros(()) if actions is None else actions.sum(), futures.sum()]).float()
 
 
 @torch.no_grad()
@@ -348,11 +358,11 @@ def evaluate(learner, windows, config, world):
         with learner.autocast:
             pixels = see(batch, model_config)
             out = predict(net, model_config, batch, pixels)
-        counts = world.mean(gr1.count_targets(batch))
-        for name, value in gr1.losses(out, batch, pixels, model_config, counts=counts).items():
+        counts = world.mean(count_targets(batch))
+        for name, value in losses(out, batch, pixels, model_config, counts=counts).items():
             sums[name] = sums.get(name, 0) + value / config.eval_batches
         if model_config.video:
-            video += gr1.change_errors(out, pixels, batch["future_mask"], model_config)
+            video += change_errors(out, pixels, batch["future_mask"], model_config)
             sheet = draw_sheet(out, pixels, model_config) if sheet is None and world.main else sheet
     net.train()
     result = {f"val/{name}": world.mean(value).item() for name, value in sums.items()}
@@ -367,8 +377,8 @@ def draw_sheet(out, pixels, config, count=8):
     rows = []
     for camera in config.cameras:
         now, future = pixels[camera][:count, config.window - 1], pixels[camera][:count, -1]
-        drawn = gr1.draw(out[camera][:count, -1].float(), now, config)
-        rows += [gr1.to_images(x).cpu().numpy() for x in (now, drawn, future)]
+        drawn = draw(out[camera][:count, -1].float(), now, config)
+        rows += [to_images(x).cpu().numpy() for x in (now, drawn, future)]
     return tile(rows)
 
 
@@ -376,7 +386,7 @@ def draw_batch(batch, config, count=4):
     """The first runs of frames of a training batch, as the model will see them, a row for each camera."""
     few = {key: {camera: x[:count] for camera, x in batch[key].items()}
            for key in ("frames", "shifts") if key in batch}
-    seen = {camera: gr1.to_images(x).numpy() for camera, x in see(few, config).items()}
+    seen = {camera: to_images(x).numpy() for camera, x in see(few, config).items()}
     return tile([row for clip in zip(*seen.values()) for row in clip])
 
 
@@ -387,20 +397,20 @@ def tile(rows):
     return np.concatenate([np.concatenate([enlarge(image) for image in row], 1) for row in rows])
 
 
-# ---------------------------------------------------------------------------------------------- build, save
-
-
+# ----------------------------------------------------------------------------------------- build, save
 def build(config, changes, world):
     """The model of the preset, from its checkpoint where the run starts from one."""
-    model_config = gr1.preset_config(config.preset, config.stage, **changes)
+    model_config = preset_config(config.preset, config.stage, **changes)
     found = config.stage == "finetune" and os.path.exists("out/pretrain/config.json")
-    fits = found and gr1.read_config("out/pretrain")["model"].get("preset") == model_config.preset
+    fits = found and weights.read_config("out/pretrain")["model"].get("preset") == model_config.preset
+    if found and not (fits or config.init or config.resume):
+        world.print(f"init: out/pretrain is of another preset than {model_config.preset}, so it is left alone")
     init = "none" if config.resume else config.init or ("out/pretrain" if fits else "none")
-    state = None if init == "none" else gr1.read_checkpoint(init)
+    state = None if init == "none" else weights.read_checkpoint(init)
     torch.manual_seed(config.seed)
-    vision, text = gr1.build_encoders(model_config, config.vision_weights, config.text_weights)
+    vision, text = build_encoders(model_config, config.vision_weights, config.text_weights)
     text.group = 16                                      # CLIP's, see there: a resumed run gets the same bits
-    model = gr1.GR1(model_config, vision, text)
+    model = GR1(model_config, vision, text)
     model.trunk.unused_wte.requires_grad_(False)         # DDP would wait for its gradient
     if state:
         start_from(state, init, model, config, world)
@@ -415,11 +425,11 @@ def start_from(state, init, model, config, world):
     fresh = [part for part in config.fresh.split(",") if part != "none"]
     for part in fresh:
         if part not in names:
-            raise gr1.ModelError(f"--fresh {part}: no such part; there are {', '.join(sorted(names))}")
+            raise UserError(f"--fresh {part}: no such part; there are {', '.join(sorted(names))}")
     try:
-        report = model.load_pretrained(state, init, fresh, gr1.finetuning_parts(model.config.cameras))
-    except gr1.ModelError as error:
-        raise gr1.ModelError(f"{error}; --init none starts fresh") from error
+        report = weights.load(model, state, init, fresh, weights.finetuning_parts(model.config.cameras))
+    except UserError as error:
+        raise UserError(f"{error}; --init none starts fresh") from error
     world.print(f"init: {report}\n  (--init none starts without)")
 
 
@@ -437,7 +447,7 @@ def save_model(out, config, model, step):
     info = dict(step=step, train=dataclasses.asdict(config))
     if model.config.preset == "gr1":
         info["encoders"] = dict(vision_weights=config.vision_weights, text_weights=config.text_weights)
-    gr1.save_checkpoint(out, model, **info)
+    weights.save_checkpoint(out, model, **info)
 
 
 def save(config, learner, progress, world):
@@ -452,7 +462,7 @@ def save(config, learner, progress, world):
                      skipped=progress.skipped.tolist(), processes=world.size,
                      model=model.trained_state(), optimizer=learner.optimizer.state_dict(),
                      config=dataclasses.asdict(config) | dataclasses.asdict(model.config))
-        gr1.write_whole(os.path.join(config.out, "resume.pt"), lambda file: torch.save(state, file))
+        write_whole(os.path.join(config.out, "resume.pt"), lambda file: torch.save(state, file))
     progress.saved = progress.step
 
 
@@ -465,7 +475,7 @@ def precision(config, world):
 @dataclass
 class Learner:
     """A model and what it takes to train it."""
-    model: gr1.GR1
+    model: GR1
     net: torch.nn.Module           # what is called: the model, or DDP around it
     parameters: list               # those that are trained
     optimizer: torch.optim.Optimizer
@@ -500,7 +510,7 @@ def can_resume(config, world):
     path = os.path.join(config.out, "resume.pt")
     share = world.mean(torch.tensor(float(os.path.exists(path)), device=world.device)).item()
     if 0 < share < 1:
-        raise gr1.ModelError(f"--resume: not all machines see {path}: --out must be on a disk they share")
+        raise UserError(f"--resume: not all machines see {path}: --out must be on a disk they share")
     if not share:
         world.print(f"resume: no run in {config.out} yet, so this starts one")
     return share == 1
@@ -514,16 +524,15 @@ def load_resume(config, learner, world):
         step, best, sums, skipped, processes = (
             state[key] for key in ("step", "best", "sums", "skipped", "processes"))
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, KeyError, TypeError) as error:
-        raise gr1.ModelError(f"{path} is damaged or of an older version ({type(error).__name__}): start "
+        raise UserError(f"{path} is damaged or of an older version ({type(error).__name__}): start "
                              f"anew, with --init {config.out} to keep its weights") from error
     free = {"resume", "out", "init", "fresh", "workers", "log_every", "eval_every", "eval_batches", "compile",
             "wandb", "tensorboard"}
     now = dataclasses.asdict(config) | dataclasses.asdict(learner.model.config)
-    for key, value in state["config"].items():
-        if key not in free and now.get(key) != value:
-            raise gr1.ModelError(f"{config.out} was started with {key} {value}, not {now.get(key)}: "
-                                 "give the same, or another --out")
-    learner.model.load_trained(state["model"], path)
+    fixed = [key for key in state["config"] if key not in free]
+    before, now = ({key: settings.get(key) for key in fixed} for settings in (state["config"], now))
+    check_same(before, now, config.out, ": give the same, or another --out")
+    weights.load_strictly(learner.model, state["model"], path)
     learner.optimizer.load_state_dict(state["optimizer"])
     world.print(f"resume: {config.out} at step {step}" + (
         f"; {processes} processes trained it, now {world.size}: its batches stay the same, but dropout and "
@@ -532,31 +541,25 @@ def load_resume(config, learner, world):
     return Progress(step, best, skipped, sums, saved=step)
 
 
-def make_room(out, world):
-    """Move an earlier run in `out` aside, so that nothing is overwritten."""
+def clear_out(out, world):
+    """Make the directory `out`; an earlier run in it is moved aside, so that nothing is overwritten."""
     world.barrier()                                      # others may still be reading it as --init
     if world.main and os.path.exists(os.path.join(out, "config.json")):
-        n = 1
-        while os.path.exists(f"{out}.{n}"):
-            n += 1
-        os.rename(out, f"{out}.{n}")
-        world.print(f"out: the run that was in {out} is now in {out}.{n} "
+        world.print(f"out: the run that was in {out} is now in {make_room(out)} "
                     "(--resume would have gone on with it)")
     if world.main:
         os.makedirs(out, exist_ok=True)
     world.barrier()
 
 
-# ---------------------------------------------------------------------------------------------- the run
-
-
+# --------------------------------------------------------------------------------------------- the run
 @dataclass
 class Progress:
     """How far a run has come, beside weights and optimizer."""
     step: int                      # steps done
     best: float                    # least weighted held-out loss
     skipped: torch.Tensor          # (2,) steps without a finite gradient: in a row till now, in all
-    sums: torch.Tensor             # of the figures since the last line, and how many steps; (1,) or so many
+    sums: torch.Tensor             # of the figures since the last line, then how many steps; (1,): 0 steps
     saved: int | None = None       # step of the last checkpoint
 
 
@@ -586,7 +589,7 @@ class Log:
             return
         lines = path.read_text().splitlines(True) if first and path.exists() else []
         whole = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= first]
-        gr1.write_whole(str(path), lambda file: pathlib.Path(file).write_text("".join(whole)))
+        write_whole(path, "".join(whole).encode())
         self.file = open(path, "a")
         self.open.append(self.file)
         if config.wandb:
@@ -619,7 +622,7 @@ def check_batch(config, world):
     """Refuse a batch that the processes cannot share."""
     parts = world.size * config.accumulate * config.windows_per_clip
     if config.batch % parts:
-        raise gr1.ModelError(f"--batch {config.batch} does not divide over {world.size} processes x "
+        raise UserError(f"--batch {config.batch} does not divide over {world.size} processes x "
                              f"{config.accumulate} passes x {config.windows_per_clip} windows a clip: choose "
                              f"a multiple of {parts}")
 
@@ -634,7 +637,7 @@ def train_step(step, learner, loader, config, world, skipped):
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
     share = [to_device(next(loader), world.device) for _ in range(config.accumulate)]
-    counts = sum(gr1.count_targets(batch) for batch in share) / config.accumulate
+    counts = sum(count_targets(batch) for batch in share) / config.accumulate
     *counts, stop = world.mean(torch.cat([counts, counts.new_full((1,), float(bool(STOP)))]))
     news = Later(torch.stack([stop, skipped[0].float()]))
     figures = {}
@@ -644,7 +647,7 @@ def train_step(step, learner, loader, config, world, skipped):
             with learner.autocast:
                 pixels = see(batch, model_config)
                 out = predict(net, model_config, batch, pixels)
-                named = gr1.losses(out, batch, pixels, model_config, counts)
+                named = losses(out, batch, pixels, model_config, counts)
             loss = weighted(named, config) / config.accumulate
             # a loss that is not finite spoils the gradients of all processes, so that all skip the step
             loss.backward(torch.where(loss.detach().isfinite(), 1.0, math.nan))
@@ -692,9 +695,9 @@ def run(progress, learner, loader, config, held_out, world, log):
 
 def refuse_to_skip(bad, progress, config):
     """End a run that skipped so many steps in a row."""
-    if bad >= PATIENCE:
+    if bad >= PATIENCE:                                  # `bad`: how many in a row
         last = f"step {progress.saved} is in {config.out}" if progress.saved else "there is none yet"
-        raise gr1.ModelError(f"no finite gradient in {bad:.0f} steps in a row, all skipped: try a "
+        raise UserError(f"no finite gradient in {bad:.0f} steps in a row, all skipped: try a "
                              f"smaller --lr; the last checkpoint: {last}")
 
 
@@ -733,7 +736,7 @@ def train(config, changes, world):
     windows = training_windows(data, ids, config, model.config)
     held_out = held_out_windows(*others, config, model.config, world)
     if not config.resume:                                # no mistake of the user's comes later
-        make_room(config.out, world)
+        clear_out(config.out, world)
     learner = equip(model, config, world)
     progress = (load_resume(config, learner, world) if config.resume else
                 Progress(0, math.inf, torch.zeros(2, dtype=torch.int64, device=world.device),
@@ -770,7 +773,7 @@ def main():
     if mode == "train":
         train(config, changes, world)
     else:
-        import bench                                     # here, for it imports this file
+        from nanogr import bench                         # here, for it imports this file
         dict(bench=bench.bench, estimate=bench.estimate)[mode](sys.argv[1:], world)
     if world.size > 1:
         dist.destroy_process_group()
@@ -786,8 +789,8 @@ EXPLAINED = {"Connection closed by peer": "another process of this run has ended
 if __name__ == "__main__":
     try:
         main()
-    except (clips.ClipsError, gr1.ModelError, OSError, RuntimeError) as problem:
-        known = isinstance(problem, (clips.ClipsError, gr1.ModelError, OSError))
+    except (UserError, ModelError, OSError, RuntimeError) as problem:
+        known = not isinstance(problem, RuntimeError)
         said = [(str(problem).strip() or type(problem).__name__).splitlines()[-1]] if known else [
             words for word, words in EXPLAINED.items() if word in str(problem)]
         if not said:

@@ -1,12 +1,14 @@
 """
-What a training step costs here, and what the paper's two runs would: the workings of
+All that is timed here. Weights are random, clips synthetic; nothing is read or kept.
 
-    python train.py --bench --preset gr1 --batch 2     # where a step's time goes, in what memory
+    python train.py --bench --preset gr1 --batch 2     # where a training step's time goes, in what memory
     python train.py --estimate                         # hours that the paper's runs would take
+    python -m nanogr.bench                             # acting and training, the original's way and ours
 
-and any other flags of train.py. Weights are random, clips synthetic; nothing is read or kept. What is timed
-is train.py's own step: this file imports train.py, which imports this one only when it is asked to measure.
+The first two take any other flags of train.py and time its own step: so this file imports train.py, which
+imports this one only when it is asked to measure.
 """
+import copy
 import dataclasses
 import itertools
 import math
@@ -17,12 +19,16 @@ import time
 import numpy as np
 import simplejpeg
 import torch
+import torch.nn as nn
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-import clips
-import model as gr1
 import train
+from model import GR1, PRESETS, ModelError, losses, preset_config, to_pixels
+from nanogr import clips, weights
+from nanogr.common import Parser, cores, run_script
+from nanogr.encoders import build_encoders
+from nanogr.policy import Policy
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "V100": 125e12}     # dense bf16 (V100: fp16)
 CALVIN_SIZES = {"rgb_static": 200, "rgb_gripper": 84}
@@ -30,6 +36,39 @@ CALVIN_SIZES = {"rgb_static": 200, "rgb_gripper": 84}
 PAPER = (("pretrain", 800_000, 50), ("finetune", 1_400_000, 20))
 
 
+# ------------------------------------------------------------------------------------------- measuring
+def in_turn(calls, seconds, device=torch.device("cpu")):
+    """Seconds that each call takes, a list for each of `calls`. All are called in turn, for the machine's mood
+    changes, for about `seconds` and at least three times; the round before that warms up and does not count.
+    """
+    times, start = [[] for _ in calls], time.perf_counter()
+    while len(times[-1]) < 4 or time.perf_counter() - start < seconds:
+        for call, spent in zip(calls, times):
+            begin = time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            spent.append(time.perf_counter() - begin)
+    return [spent[1:] for spent in times]
+
+
+def memory(device, peak=False, new_peak=False):
+    """MiB in use, or at the peak: the GPU's, or this process' (on Linux; else nan). new_peak: forget it."""
+    if device.type == "cuda":
+        used = torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+        if new_peak:
+            torch.cuda.reset_peak_memory_stats()
+        return used / 2 ** 20
+    try:
+        lines = dict(x.split(":", 1) for x in pathlib.Path("/proc/self/status").read_text().splitlines())
+        if new_peak:
+            pathlib.Path("/proc/self/clear_refs").write_text("5")
+        return int(lines["VmHWM" if peak else "VmRSS"].split()[0]) / 1024
+    except (OSError, KeyError):
+        return math.nan
+
+
+# ------------------------------------------------------------------------ train.py --bench, --estimate
 def settings(argv, world):
     """train.parse, but where nobody says --batch that of gr1 is one which most machines hold."""
     config, changes, _ = train.parse(argv)
@@ -65,8 +104,6 @@ def estimate(argv, world):
                     f"{epochs * hours:,.1f} in all")
 
 
-# The loader
-
 def synthesise(folder, model_config, clip_count=2, length=500):
     """Write clips of drifting colour fields, which a JPEG holds about as well as a photograph. They are long:
     of windows at an end, which are few then, fewer frames are read.
@@ -88,19 +125,6 @@ def synthesise(folder, model_config, clip_count=2, length=500):
     return clips.Clips(folder)
 
 
-def rates(*calls, seconds, rounds=3):
-    """How much a second each call does, which returns how much it did. They are called in turn, and the best
-    of the rounds counts: the machine's mood changes.
-    """
-    best = [0.0 for _ in calls]
-    for _, (i, call) in itertools.product(range(rounds), enumerate(calls)):
-        start, done = time.perf_counter(), 0
-        while time.perf_counter() - start < seconds / rounds:
-            done += call()
-        best[i] = max(best[i], done / (time.perf_counter() - start))
-    return best
-
-
 def bench_loader(data, config, model_config, seconds):
     """Windows a second: decoded and nothing else; that reach the model, on one core; with two workers."""
     content, offsets = pathlib.Path(data.directory, "00000.bin").read_bytes(), data.shards[0]["offsets"]
@@ -113,20 +137,18 @@ def bench_loader(data, config, model_config, seconds):
     def decode():
         for jpeg in jpegs:
             simplejpeg.decode_jpeg(jpeg, "RGB")
-        return len(jpegs) / frames
 
-    def take(workers, skip=0):
+    def taking(workers):
         loader = train.batches(windows, range(10 ** 6), 1, train.World(), workers)
-        call = lambda: len(next(loader)["sentences"])
-        for _ in range(skip):
-            call()
-        return call
+        return lambda: next(loader)
 
-    alone, loaded = rates(decode, take(0), seconds=seconds)
-    return alone, loaded, *rates(take(2, skip=6), seconds=seconds)             # four lie ready at first
+    rate = lambda count, times: count * len(times) / sum(times)
+    by_two = taking(2)
+    for _ in range(5):                                   # four lie ready at first
+        by_two()
+    (by_two,), (alone, loaded) = in_turn([by_two], seconds), in_turn([decode, taking(0)], seconds)
+    return rate(len(jpegs) / frames, alone), rate(some.batch, loaded), rate(some.batch, by_two)
 
-
-# The step
 
 class Stopwatch:
     """Seconds by what they were spent on; waits for the device at each lap."""
@@ -165,7 +187,7 @@ def bench_parts(model, loader, config, world, seconds):
                 pixels = train.see(batch, model.config)
                 watch.lap("pixels: shift, resize, normalise")
                 out = train.predict(model, model.config, batch, pixels)
-                loss = train.weighted(gr1.losses(out, batch, pixels, model.config), config)
+                loss = train.weighted(losses(out, batch, pixels, model.config), config)
             watch.lap("forward: trunk, heads, losses")
             loss.backward()
             watch.lap("backward")
@@ -205,11 +227,11 @@ def bench_step(model, loader, config, world, seconds):
         return world.mean(spent).item() / count          # the same on all, so that all take as many steps
 
     steps(1)                                             # compiles
-    gr1.memory(world.device, new_peak=True)
+    memory(world.device, new_peak=True)
     spent = steps(1)
     if spent < seconds:                                  # else one will do
         spent = steps(math.ceil(seconds / spent))
-    return spent, gr1.memory(world.device, peak=True)
+    return spent, memory(world.device, peak=True)
 
 
 def report(config, world, table, spent, peak, flops, alone, loaded, by_two):
@@ -234,3 +256,152 @@ def report(config, world, table, spent, peak, flops, alone, loaded, by_two):
         f"loader, one core, windows a second        {loaded:>10.1f}",
         f"  its JPEG decoder alone                  {alone:>10.1f}  ratio {loaded / alone:.2f}",
         f"  with two workers                        {by_two:>10.1f}  ratio {by_two / loaded:.2f}"]))
+
+
+# ------------------------------------------------------------------------------ python -m nanogr.bench
+def naive_trunk(trunk, context, queries, query_steps, mask=None):
+    """What Trunk computes without dropout, as the official code does it: every token, in order of time, is
+    query, key and value, and what may not be seen is hidden behind -inf (there -1e4: the same for all who see
+    any key). Shapes as in Trunk.forward.
+    """
+    batch, steps, tokens, _ = context.shape
+    n, device = steps * tokens, context.device
+    query_steps = torch.as_tensor(query_steps, device=device)
+    at = torch.cat([torch.arange(steps, device=device).repeat_interleave(tokens), query_steps])
+    order = at.argsort(stable=True)                    # of a timestep, the context comes before the queries
+    is_key = (order < n).expand(batch, -1)
+    if mask is not None:
+        is_key = is_key & mask[:, at[order]]
+    may = torch.ones(len(order), len(order), device=device).tril().bool() & is_key[:, None]
+    x = trunk.embed_norm(torch.cat([context.flatten(1, 2), queries], 1)[:, order])
+    for block in trunk.blocks:
+        h = block.norm1(x)
+        q, k, v = (t.unflatten(-1, (block.heads, -1)).transpose(1, 2)
+                   for t in (block.q(h), *block.kv(h).chunk(2, -1)))
+        scores = (q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])).masked_fill(~may[:, None], -math.inf)
+        x = x + block.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        x = x + block.mlp(block.norm2(x))
+    return trunk.norm(x)[:, order.argsort()][:, n:]
+
+
+class Given(nn.Module):
+    """A frozen encoder that gives one answer to everything, so that only the rest of the model is timed."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, inputs):
+        return self.answer
+
+
+def as_the_original(model):
+    """A copy of the model that computes its trunk the original's way."""
+    copied = copy.deepcopy(model)
+    copied.trunk.forward = lambda *inputs: naive_trunk(copied.trunk, *inputs)
+    return copied
+
+
+def acting_calls(ours, theirs, device):
+    """-> (the original's way, ours) to act at one more step; each returns arm and gripper (7,).
+
+    The original takes the whole window anew: it encodes every frame and the sentence, and asks every [ACT].
+    """
+    config, sentence, policy = ours.config, "open the drawer", Policy(ours)
+    theirs.config = dataclasses.replace(config, video=False)                     # it asks no [OBS] either
+    frames = {c: torch.randint(256, (config.window, side, side, 3), dtype=torch.uint8)
+              for c, side in config.cameras.items()}
+    pixels = {c: to_pixels(x.permute(0, 3, 1, 2)[None], x.shape[1]) for c, x in frames.items()}
+    states = torch.randn(config.window, 15)
+    seen = [{c: x[t].numpy() for c, x in frames.items()} | {"robot_obs": states[t].numpy()}
+            for t in range(config.window)]
+
+    @torch.no_grad()
+    def original():
+        getattr(theirs.text, "cache", {}).clear()
+        out = theirs({c: x.to(device) for c, x in pixels.items()}, [sentence], states[None].to(device))
+        return torch.cat([out["arm"][0, -1], out["gripper"][0, -1, :, None]], -1).float().cpu()
+
+    def here(observation=seen[-1]):
+        arm, gripper = policy.actions(observation, sentence)
+        return torch.tensor(np.concatenate([arm, gripper[:, None]], -1))
+
+    for observation in seen[:-1]:
+        here(observation)
+    return original, here
+
+
+def training_calls(ours, batch, device):
+    """-> (model, (the original's way, ours) to compute losses and gradients). Image features are given."""
+    config = ours.config
+    pixels = {c: torch.randn(batch, config.window + config.future, 3, side, side, device=device)
+              for c, side in config.cameras.items()}
+    mask = torch.ones(batch, config.window, dtype=torch.bool, device=device)
+    data = dict(robot_obs=torch.randn(batch, config.window, 15, device=device), future_mask=mask,
+                rel_actions=torch.randn(batch, config.window, config.chunk, 7, device=device),
+                action_mask=mask[..., None].expand(-1, -1, config.chunk),
+                video_at=torch.arange(config.window, device=device))
+    with torch.no_grad():
+        features = [torch.randn(batch * config.window, *x.shape[1:], device=device)
+                    for x in ours.vision(next(iter(pixels.values()))[0, :1])]
+    given = GR1(config, Given(features), Given(torch.randn(batch, config.text_dim, device=device)))
+    own = given.trained_state()                          # without the encoder that the tiny preset trains
+    weights.load_strictly(given, {k: v for k, v in ours.trained_state().items() if k in own}, "bench")
+    given = given.to(device).eval()                      # dropout off
+
+    def step(model):
+        out = model({c: x[:, :config.window] for c, x in pixels.items()}, [], data["robot_obs"], mask)
+        sum(losses(out, data, pixels, config).values()).backward()
+        model.zero_grad()
+    original = as_the_original(given)
+    return given, (lambda: step(original), lambda: step(given))
+
+
+def bench_model(config, batch=2, seconds=20):
+    """Print what acting and a training step cost with the original's window and trunk, and with ours.
+    Encoders, resampler and heads are the same on both sides.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gpu, threads = device.type == "cuda", torch.get_num_threads()
+    torch.manual_seed(0)
+    ours = GR1(config, *build_encoders(config, "none", "none")).to(device).eval()
+    acting = acting_calls(ours, as_the_original(ours), device)
+    given, training = training_calls(ours, batch, device)
+    original, here = (call() for call in acting)
+    print(f"\n{torch.cuda.get_device_name() if gpu else 'CPU'}, medians of calls in turn; outputs differ by "
+          f"{(original - here).abs().max():.0e}\n{'':<54}{'original':>10}{'here':>10}{'ratio':>8}")
+
+    def row(name, original, here):
+        ratio = original / here if here else math.nan
+        print(f"{name:<54}{original:>10,.1f}{here:>10,.1f}{ratio:>8.1f}", flush=True)
+
+    before, peaks = memory(device, new_peak=True), []
+    for call in reversed(training):                      # ours first: a process keeps what it once needed
+        call()
+        peaks.append(memory(device, peak=True, new_peak=True) - before)
+    row(f"train, batch {batch} [MiB at the peak]", *reversed(peaks))
+    variants = [(f"{n} thread{'s' * (n > 1)}", n, False, False) for n in sorted({1, cores()})]
+    if gpu:
+        variants = [(name, threads, name != "float32", name.endswith("compiled"))
+                    for name in ("float32", "bfloat16", "bfloat16, ours compiled")]
+    for name, n, half, compiled in variants:
+        torch.set_num_threads(n)
+        if compiled:
+            for part in ours.vision, ours.resampler, ours.trunk, given.resampler, given.trunk:
+                part.compile()
+        with torch.autocast(device.type, torch.bfloat16, half):
+            for what, calls in ("act, batch 1", acting), (f"train, batch {batch}", training):
+                row(f"{what}, {name} [ms]", *(1000 * np.median(x) for x in in_turn(calls, seconds, device)))
+    torch.set_num_threads(threads)
+
+
+def main():
+    parser = Parser(description="Time acting and training, the original's way and ours.")
+    parser.add_argument("--preset", default="gr1", choices=list(PRESETS))
+    parser.add_argument("--batch", type=int, default=2, help="windows of the training step (default: 2)")
+    args = parser.parse_args()
+    bench_model(preset_config(args.preset), args.batch)
+
+
+if __name__ == "__main__":
+    run_script(main, ModelError)

@@ -29,78 +29,30 @@ A shard's npz, for N clips with M steps and C cameras:
                                                                  rel_actions        float32 (M, 7)
     Without a robot the last two have 0 rows.
 
-`python clips.py DIR` prints what a data set holds and checks every byte of it.
+`python -m nanogr.clips DIR` prints what a data set holds and checks every byte of it.
 """
-import argparse
 import collections
-import concurrent.futures
-import difflib
 import io
 import json
-import multiprocessing
 import os
 import pathlib
-import platform
 import random
-import signal
-import sys
-import threading
 import zipfile
 import zlib
-from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import simplejpeg
 import torch
 from PIL import Image, ImageDraw
 
+from nanogr.common import Parser, UserError, check_same, run_script, temp_path, write_whole
+
 FORMAT_VERSION = 1
 OBS_DIM, ACTION_DIM = 15, 7
 KEYS = "offsets bounds sentences tasks episodes crc32 cameras sizes robot_obs rel_actions".split()
 
 
-class ClipsError(Exception):
-    """What is wrong with a data set and what to do about it, in one line for the user."""
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser for all scripts: guesses no abbreviation, names the flag nearest to a wrong one."""
-
-    def __init__(self, **options):
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message):
-        for word in message.split():
-            near = difflib.get_close_matches(word.split("=")[0], self._option_string_actions, 1)
-            if word.startswith("--") and "unrecognized" in message and near:
-                message += f"; did you mean {near[0]}?"
-        self.exit(2, f"error: {message} (--help lists all flags)\n")
-
-
-def parse_part(parser, text):
-    """Read "I/N", the I-th of N parts, I = 1 .. N: -> (I, N); a parser's error for anything else."""
-    part, _, parts = text.partition("/")
-    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
-        parser.error(f"--shard takes I/N with I from 1 to N, for instance 2/4, not {text}")
-    return int(part), int(parts)
-
-
 # Writing
-
-def temp_path(path):
-    """A name beside `path` that no other process has: on shared storage another machine may have our pid."""
-    return path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.tmp")
-
-
-def write_whole(path, data):
-    """Write bytes so that `path` holds either all of them or what it held before."""
-    temp = temp_path(path)
-    with open(temp, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temp, path)
-
 
 def shard_is_done(directory, index):
     """True if shard `index` was written to its end."""
@@ -195,7 +147,7 @@ class ShardWriter:
 
 
 def claim(directory, **recipe):
-    """Note in recipe.json what the shards are made from; ClipsError if an earlier run noted something else.
+    """Note in recipe.json what the shards are made from; UserError if an earlier run noted something else.
 
     Without it a run with other options would resume on the first one's shards, and mix the two in silence.
     """
@@ -203,17 +155,13 @@ def claim(directory, **recipe):
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         write_whole(path, json.dumps(recipe, indent=1).encode())
-    before = json.loads(path.read_text())
-    changed = [f"{key} {before.get(key)}, now {recipe.get(key)}"
-               for key in sorted(before | recipe) if before.get(key) != recipe.get(key)]
-    if changed:
-        raise ClipsError(f"{directory} was begun with {'; '.join(changed)}: delete it or choose another")
+    check_same(json.loads(path.read_text()), recipe, directory, ": delete it or choose another")
 
 
 def write_meta(directory, source, fps, command, **extra):
     """Count what the shards hold and write meta.json, which makes them a data set; call it when all are done.
 
-    ClipsError if a shard is missing or broken, if they differ in cameras or in having actions, or are empty.
+    UserError if a shard is missing or broken, if they differ in cameras or in having actions, or are empty.
     """
     directory = pathlib.Path(directory)
     last = max((int(path.stem) for path in directory.glob("*.npz")), default=-1)
@@ -222,9 +170,9 @@ def write_meta(directory, source, fps, command, **extra):
     kinds = [(dict(zip(shard["cameras"].tolist(), shard["sizes"].tolist())), len(shard["robot_obs"]) > 0)
              for shard in full]
     if not full:
-        raise ClipsError(f"{directory}: no clip was written; mend the cause, delete it and run again")
+        raise UserError(f"{directory}: no clip was written; mend the cause, delete it and run again")
     if any(kind != kinds[0] for kind in kinds):
-        raise ClipsError(f"{directory}: shards differ in cameras or actions; delete it and make it again")
+        raise UserError(f"{directory}: shards differ in cameras or actions; delete it and make it again")
     counts = dict(shards=len(shards), clips=sum(len(shard["episodes"]) for shard in full),
                   frames=sum(int(shard["bounds"][-1]) for shard in full),
                   bytes=sum(int(shard["offsets"][-1]) for shard in full))
@@ -239,75 +187,50 @@ def write_meta(directory, source, fps, command, **extra):
 
 # Reading
 
-def begin_worker():
-    """A worker dies with its parent, however that dies, and of Ctrl-C at once."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    follow = lambda: (multiprocessing.parent_process().join(), os._exit(1))
-    threading.Thread(target=follow, daemon=True).start()
-
-
-def pack_shards(pack_shard, jobs, workers):
-    """Call pack_shard(job) for each job, on `workers` processes or, if that is 1, here; yields what it
-    returns, as they end."""
-    if workers == 1:
-        yield from map(pack_shard, jobs)
-        return
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, spawn, begin_worker) as pool:
-        try:
-            for done in concurrent.futures.as_completed([pool.submit(pack_shard, job) for job in jobs]):
-                yield done.result()
-        except BrokenProcessPool:
-            raise ClipsError("a worker was killed, perhaps for want of memory (take fewer --workers); "
-                             "the same command goes on where it was") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
 def load_shard(directory, index):
-    """Return the arrays of one npz; ClipsError unless they fit each other and the size of the bin."""
+    """Return the arrays of one npz; UserError unless they fit each other and the size of the bin."""
     npz, again = pathlib.Path(directory) / f"{index:05d}.npz", f"run the command that made {directory} again"
     try:
         with np.load(npz, allow_pickle=False) as file:
             shard = {key: file[key] for key in KEYS}
         size = npz.with_suffix(".bin").stat().st_size
     except FileNotFoundError as error:
-        raise ClipsError(f"{error.filename} is missing; delete {npz.name}, if there, and {again}") from None
+        raise UserError(f"{error.filename} is missing; delete {npz.name}, if there, and {again}") from None
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise ClipsError(f"{npz} can't be read ({error}); delete it and {again}") from None
+        raise UserError(f"{npz} can't be read ({error}); delete it and {again}") from None
     offsets, bounds = shard["offsets"], shard["bounds"]
     fits = (all(len(shard[key]) == len(bounds) - 1 for key in ("sentences", "tasks", "episodes", "crc32"))
             and len(offsets) == bounds[-1] * len(shard["cameras"]) + 1 and offsets[0] == bounds[0] == 0
             and (np.diff(offsets) > 0).all() and (np.diff(bounds) > 0).all()
             and len(shard["robot_obs"]) == len(shard["rel_actions"]) in (0, bounds[-1]))
     if not fits or size != offsets[-1]:
-        raise ClipsError(f"{npz.with_suffix('.bin')} has {size} bytes, but {npz.name} says {offsets[-1]}: "
+        raise UserError(f"{npz.with_suffix('.bin')} has {size} bytes, but {npz.name} says {offsets[-1]}: "
                          f"one is cut off or changed; delete {npz.name} and {again}")
     return shard
 
 
 def load_meta(directory):
-    """Return what DIR/meta.json holds; ClipsError, with what to do, if it is not there or not ours."""
+    """Return what DIR/meta.json holds; UserError, with what to do, if it is not there or not ours."""
     path = pathlib.Path(directory) / "meta.json"
     makers = "tabletop.py and the prepare_*.py make one"
     if not path.parent.is_dir():
-        raise ClipsError(f"{directory}: no such directory; it should be a data set: {makers}")
+        raise UserError(f"{directory}: no such directory; it should be a data set: {makers}")
     if not path.exists() and any(path.parent.glob("*.npz")):
-        raise ClipsError(f"{directory}: its making was interrupted; run the same command again")
+        raise UserError(f"{directory}: its making was interrupted; run the same command again")
     if not path.exists():
-        raise ClipsError(f"{directory} has no meta.json, so it is no data set; {makers}")
+        raise UserError(f"{directory} has no meta.json, so it is no data set; {makers}")
     try:
         meta = json.loads(path.read_text())
         version = meta["format_version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ClipsError(f"{path} can't be read ({error!r}); run the command that made it again") from None
+        raise UserError(f"{path} can't be read ({error!r}); run the command that made it again") from None
     if version != FORMAT_VERSION:
-        raise ClipsError(f"{directory} has format version {version}, not {FORMAT_VERSION}: make it again")
+        raise UserError(f"{directory} has format version {version}, not {FORMAT_VERSION}: make it again")
     return meta
 
 
 class Clips:
-    """A data set, opened for reading; ClipsError if it is not whole.
+    """A data set, opened for reading; UserError if it is not whole.
 
     `meta`, `cameras` {name: (H, W)}, `has_actions`, `fps`; per clip: `sentences`, `tasks` (lists),
     `episodes`, `lengths` [steps] (int64). No file stays open, so it can be forked or pickled to any worker.
@@ -324,7 +247,7 @@ class Clips:
         self.lengths = np.concatenate([np.diff(shard["bounds"]) for shard in self.shards])
         self.first = np.cumsum([0] + [len(shard["episodes"]) for shard in self.shards])   # clip of each shard
         if len(self) != self.meta["counts"]["clips"]:
-            raise ClipsError(f"{directory}: shards and meta.json differ; run the command that made it again")
+            raise UserError(f"{directory}: shards and meta.json differ; run the command that made it again")
 
     def __len__(self):
         return len(self.lengths)
@@ -345,7 +268,7 @@ class Clips:
         """Read `count` steps of clip i from `start` on (fewer where it ends; None: all that follow).
 
         -> dict(frames={camera: uint8 (n, H, W, 3)}, robot_obs (n, 15) or None, rel_actions (n, 7) or None).
-        `cameras`: decode these alone. ClipsError if a JPEG is broken.
+        `cameras`: decode these alone. UserError if a JPEG is broken.
         """
         number, begin, end = self.find(i)
         stop = end - begin if count is None else min(start + count, end - begin)
@@ -372,8 +295,8 @@ class Clips:
             for image, jpeg in zip(frames, jpegs):
                 image[:] = simplejpeg.decode_jpeg(jpeg, "RGB")
         except ValueError as error:                    # simplejpeg's, or the wrong size
-            raise ClipsError(f"{self.directory}: a JPEG is broken in {where} ({error}); "
-                             f"`python clips.py {self.directory}` lists all damage") from None
+            raise UserError(f"{self.directory}: a JPEG is broken in {where} ({error}); "
+                             f"`python -m nanogr.clips {self.directory}` lists all damage") from None
         return frames
 
 
@@ -428,13 +351,13 @@ class Windows(torch.utils.data.Dataset):
     some of the W are the same window near a clip's ends: else the ends would be seen far less.
 
     All that is random about a step, but for dropout, is drawn here: with `shift`, by how much DrQ-v2's
-    augmentation moves each run of each camera (0.05: up to 10 px of 200), and with `foresee` V, at which V of
-    a window's T steps the future frame is asked for.
+    augmentation moves each run of each camera (0.05: up to 10 px of 200), and with `foresee` V > 0 at which V
+    of a window's T steps the future frame is asked for.
 
         frames       {camera: uint8 (B/W, N+F, 3, H, W)}
         shifts       {camera: int64 (B/W, 2)}     up and to the left [px]; only if shift > 0
-        video_at     int64 (V,)                   only if foresee > 0
-        offsets      int64 (B,)                   where in its run a window starts; only if W > 1
+        video_at     int64 (V,)                   all T steps, or `foresee` of them
+        frame_at     int64 (B, T)                 a window's frames among all (B/W * N); only if W > 1
         sentences    [str] * B
         mask         bool (B, T)                  real steps
         future_mask  bool (B, T)                  the clip has a frame t + F
@@ -447,9 +370,9 @@ class Windows(torch.utils.data.Dataset):
     def __init__(self, clips, ids, batch_size, window, future, cameras, chunk=1, seed=0, per_clip=1,
                  shift=0.0, foresee=0):
         if not set(cameras) <= set(clips.cameras):
-            raise ClipsError(f"{clips.directory} has the cameras {list(clips.cameras)}, not {list(cameras)}")
+            raise UserError(f"{clips.directory} has the cameras {list(clips.cameras)}, not {list(cameras)}")
         if not len(ids):
-            raise ClipsError(f"{clips.directory}: no clip to draw windows from")
+            raise UserError(f"{clips.directory}: no clip to draw windows from")
         self.clips, self.ids, self.cameras = clips, np.asarray(ids), list(cameras)
         self.B, self.T, self.F, self.chunk = batch_size, window, future, chunk
         self.seed, self.W, self.shift, self.foresee = seed, per_clip, shift, foresee
@@ -463,18 +386,19 @@ class Windows(torch.utils.data.Dataset):
         ids = rng.choice(self.ids, self.B // self.W)
         lengths = self.clips.lengths[ids]
         at = rng.integers(1 - self.T, lengths) - self.W // 2              # where the first of W would start
-        video_at = rng.permutation(self.T)[:self.foresee]
+        order = rng.permutation(self.T)
+        video_at = order[:self.foresee] if self.foresee else np.arange(self.T)
         reach = {c: round(self.shift * self.clips.cameras[c][0]) for c in self.cameras}
         shifts = {c: rng.integers(-far, far + 1, (len(ids), 2)) for c, far in reach.items()}
         ids, lengths, at, *shifts = (np.split(x, parts)[part] for x in (ids, lengths, at, *shifts.values()))
         runs = np.clip(at, 0, np.maximum(0, lengths - span))
         starts = np.clip(at[:, None] + np.arange(self.W), 0, np.maximum(0, lengths - self.T)[:, None])
-        offsets = (starts - runs[:, None]).ravel()
+        frame_at = (starts - runs[:, None] + span * np.arange(len(runs))[:, None]).reshape(-1, 1)
         frames, ids, lengths = self.frames(ids, runs), ids.repeat(self.W), lengths.repeat(self.W)
         steps = starts.reshape(-1, 1) + np.arange(self.T)                                   # (B, T)
-        batch = dict(mask=steps < lengths[:, None], future_mask=steps + self.F < lengths[:, None])
-        batch |= {"offsets": offsets} if self.W > 1 else {}
-        batch |= {"video_at": video_at} if self.foresee else {}
+        batch = dict(mask=steps < lengths[:, None], future_mask=steps + self.F < lengths[:, None],
+                     video_at=video_at)
+        batch |= {"frame_at": frame_at + np.arange(self.T)} if self.W > 1 else {}
         if self.clips.has_actions:
             batch |= self.robot(ids, steps)
         batch = {key: torch.from_numpy(value) for key, value in batch.items()}
@@ -528,7 +452,7 @@ def check_shard(directory, index):
     """Return the problems in one shard's bytes: crc of each clip, first and last mark of each JPEG."""
     try:
         shard = load_shard(directory, index)
-    except ClipsError as error:
+    except UserError as error:
         return [str(error)]
     path, offsets, problems = pathlib.Path(directory) / f"{index:05d}.bin", shard["offsets"].tolist(), []
     with open(path, "rb") as file:
@@ -550,7 +474,7 @@ def check(directory):
             problems += check_shard(directory, index)
         if not problems:
             Clips(directory)                           # do the shards agree with meta.json?
-    except ClipsError as error:
+    except UserError as error:
         problems.append(str(error))
     return problems
 
@@ -575,11 +499,11 @@ def main():
         try:
             print("\n".join(summary(directory)))
             problems += check(directory)
-        except ClipsError as error:
+        except UserError as error:
             problems.append(str(error))
     print("\n".join(problems) or "every byte is as it was written")
-    sys.exit(bool(problems))
+    raise SystemExit(bool(problems))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-import clips
+from nanogr.common import write_whole
 
 FRAME_MS, LAST_MS = 150, 1000  # slower than life: a tabletop rollout lasts about a second
 PAD, INK, GRAY = 8, (24, 24, 28), (100, 100, 108)
@@ -60,4 +60,4 @@ def write_gif(path, pages):
     pages = [page.quantize(palette=palette, dither=Image.Dither.NONE) for page in pages]
     file, times = io.BytesIO(), [FRAME_MS] * (len(pages) - 1) + [LAST_MS]
     pages[0].save(file, "GIF", save_all=True, append_images=pages[1:], duration=times, loop=0)
-    clips.write_whole(path, file.getvalue())
+    write_whole(path, file.getvalue())

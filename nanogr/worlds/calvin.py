@@ -1,7 +1,7 @@
 """The real CALVIN as a world like tabletop.py's: simulator, oracle, sentences, the 1000 evaluation chains.
 
-    python calvin.py                     # is the simulator installed, does it draw, how fast? out/calvin.png
-    python calvin.py --renderer tiny     # where there is no EGL; its pictures differ
+    python -m nanogr.worlds.calvin                  # is it installed, does it draw, how fast? out/calvin.png
+    python -m nanogr.worlds.calvin --renderer tiny  # where there is no EGL; its pictures differ
 
 The simulator is an extra, and the only one: neither calvin_agent nor CALVIN's data set is needed.
 
@@ -11,9 +11,9 @@ The simulator is an extra, and the only one: neither calvin_agent nor CALVIN's d
 
 pybullet has wheels for Python 3.10 and 3.11. All here but `Calvin` and `success` works without any of that.
 
-Reads fixtures/calvin_chains.txt (a chain a line: number of its initial state, five numbers of tasks),
-fixtures/calvin_sentences.json (CALVIN's 389 training and 34 validation sentences, from mees/calvin, MIT
-licence) and fixtures/calvin_unseen.txt (50 sentences of our own for each task).
+Reads calvin_chains.txt (a chain a line: number of its initial state, five numbers of tasks),
+calvin_sentences.json (CALVIN's 389 training and 34 validation sentences, from mees/calvin, MIT
+licence) and calvin_unseen.txt (50 sentences of our own for each task).
 In order: tasks and sentences, chains, initial states, the simulator.
 """
 import contextlib
@@ -32,18 +32,14 @@ from collections import Counter
 import numpy as np
 from PIL import Image
 
-import clips
+from nanogr.common import Parser, UserError, run_script
 
 HERE = pathlib.Path(__file__).resolve().parent
 FIXED = "797142c588c21e76717268b7b430958dbd13bf48"        # the commit that mends the button
 STEPS, FPS, CHAIN, CHAINS = 360, 30.0, 5, 1000            # steps an instruction; instructions a chain; chains
-INSTALL = "see the first lines of calvin.py for how to install it"
+INSTALL = "see docs/calvin.md for how to install it"
 EGL = ("Without a GPU: apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri; or --renderer tiny, whose "
        "scores differ")
-
-
-class CalvinError(Exception):
-    """What is wrong with the simulator and what to do about it, in one line for the user."""
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -64,7 +60,7 @@ def _task_names():
 
 
 NAMES = _task_names()
-SENTENCES = json.loads((HERE / "fixtures/calvin_sentences.json").read_text())
+SENTENCES = json.loads((HERE / "calvin_sentences.json").read_text())
 TASKS = {name: [SENTENCES[name]["validation"]] for name in NAMES}           # what evaluation says
 
 
@@ -76,7 +72,7 @@ def instruction(task, seed):
 @functools.lru_cache
 def unseen_sentences():
     """{task: 50 sentences of our own}, none of them CALVIN's; the file tells how to read it."""
-    sections = (HERE / "fixtures/calvin_unseen.txt").read_text().split("\n[")[1:]
+    sections = (HERE / "calvin_unseen.txt").read_text().split("\n[")[1:]
     found = {}
     for section in sections:
         name, *lines = section.strip().splitlines()
@@ -189,7 +185,7 @@ def draw_chains(map_function=map):
 @functools.lru_cache
 def read_chains():
     """The chains as they are shipped: int (1000, 6)."""
-    return np.loadtxt(HERE / "fixtures/calvin_chains.txt", dtype=int)
+    return np.loadtxt(HERE / "calvin_chains.txt", dtype=int)
 
 
 def load_chains():
@@ -253,7 +249,7 @@ def draw_start(scene, task, seed):
     rng = np.random.default_rng([seed, 3])
     numbers = conditions_for(task) if task else range(len(initial_conditions()))
     if not numbers:
-        raise CalvinError(f"no initial state of CALVIN's allows {task}: it is judged in chains only")
+        raise UserError(f"no initial state of CALVIN's allows {task}: it is judged in chains only")
     return initial_state(initial_conditions()[rng.choice(numbers)], int(rng.integers(2**32)))
 
 
@@ -281,15 +277,15 @@ def silence(descriptor):
 
 @functools.lru_cache
 def package():
-    """The directory of calvin_env's clone; CalvinError if it is not installed as it must be."""
+    """The directory of calvin_env's clone; UserError if it is not installed as it must be."""
     try:
         with silence(2):                                   # gym asks to be replaced, pybullet tells its age
             import calvin_env.envs.play_table_env
     except ImportError as error:
-        raise CalvinError(f"calvin_env can't be imported ({error}): {INSTALL}") from None
+        raise UserError(f"calvin_env can't be imported ({error}): {INSTALL}") from None
     path = pathlib.Path(calvin_env.__file__).resolve().parents[1]
     if not (path / "conf").is_dir() or not (path / ".git").exists():
-        raise CalvinError(f"{path} lacks conf/ or .git/: calvin_env must be an editable clone; {INSTALL}")
+        raise UserError(f"{path} lacks conf/ or .git/: calvin_env must be an editable clone; {INSTALL}")
     return path
 
 
@@ -302,7 +298,7 @@ def commit():
         return repository.head.object.hexsha + ("+changes" if repository.index.diff(None) else "")
     except (git.exc.GitError, ValueError) as error:
         last = str(error).strip().splitlines()[-1].strip() if str(error).strip() else repr(error)
-        raise CalvinError(f"git can't tell the commit of {path} ({last}): another user's clone needs `git "
+        raise UserError(f"git can't tell the commit of {path} ({last}): another user's clone needs `git "
                           f"config --global --add safe.directory {path}`, a damaged one to be cloned anew"
                           ) from None
 
@@ -352,7 +348,7 @@ class Calvin:
         try:
             self.env = hydra.utils.instantiate(settings)
         except SystemExit:                                              # with status 0, as if all were well
-            raise CalvinError(f"pybullet's EGL plugin does not load. {EGL}") from None
+            raise UserError(f"pybullet's EGL plugin does not load. {EGL}") from None
         # Out of its hands, so that its step() leaves the pictures to observe(): those who look at none pay
         # for none, and the report can tell drawing from physics.
         self.cameras, self.env.cameras = self.env.cameras, []
@@ -361,11 +357,11 @@ class Calvin:
         self.pictures()                                                 # EGL's first have no shadows
 
     def check_button(self):
-        """CalvinError if a lit LED's button doesn't know that it is on: the first press then does nothing."""
+        """UserError if a lit LED's button doesn't know that it is on: the first press then does nothing."""
         _, scene_obs, _ = draw_chain("D", 0)
         self.env.reset(HOME, np.concatenate([scene_obs[:5], [1], scene_obs[6:]]))
         if self.env.scene.buttons[0].state.value != 1:
-            raise CalvinError(f"calvin_env is at {commit()[:7]}, whose button misses the first press after a "
+            raise UserError(f"calvin_env is at {commit()[:7]}, whose button misses the first press after a "
                               f"reset, so that scores are wrong: git -C {package()} checkout {FIXED[:7]}")
 
     def reset(self, robot_obs=None, scene_obs=None, seed=0):
@@ -420,24 +416,24 @@ class Calvin:
 
 def probe(renderer):
     """Try the simulator out in a process of its own, for a wrong EGL ends the process that asks for it.
-    -> the renderer's name and what it runs on, for the report; CalvinError if it can't draw."""
+    -> the renderer's name and what it runs on, for the report; UserError if it can't draw."""
     package()
-    run = subprocess.run([sys.executable, str(HERE / "calvin.py"), "--renderer", renderer or "none",
-                          "--out", ""], capture_output=True, text=True, cwd=HERE)
+    run = subprocess.run([sys.executable, "-m", "nanogr.worlds.calvin", "--renderer", renderer or "none",
+                          "--out", ""], capture_output=True, text=True, cwd=HERE.parents[1])
     device = re.search(r"GL_RENDERER=(.*)", run.stdout)
     if run.returncode == 0 and "a step takes" in run.stdout and (device or renderer != "egl"):
         return {"egl": f"EGL, {device and device[1].strip()}", "tiny": "TinyRenderer", None: ""}[renderer]
     lines = run.stderr.splitlines()
     said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     if said:
-        raise CalvinError(said[-1])
+        raise UserError(said[-1])
     last = lines[-1] if lines else "nothing was said"
     what, cure = ("EGL doesn't draw", EGL) if renderer == "egl" else ("calvin_env doesn't run", INSTALL)
-    raise CalvinError(f"{what} here (exit status {run.returncode}: {last}). {cure}")
+    raise UserError(f"{what} here (exit status {run.returncode}: {last}). {cure}")
 
 
 def main():
-    parser = clips.Parser(description="Try the simulator out.")
+    parser = Parser(description="Try the simulator out.")
     parser.add_argument("--scene", default="D", choices=list("ABCD"))
     parser.add_argument("--renderer", default="egl", choices=["egl", "tiny", "none"])
     parser.add_argument("--out", default="out/calvin.png", help="picture of both cameras ('': none)")
@@ -460,7 +456,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (CalvinError, OSError) as problem:
-        sys.exit(f"error: {problem}")
+    run_script(main)

@@ -21,7 +21,7 @@ from collections import namedtuple
 
 import numpy as np
 
-import calvin
+from nanogr.worlds import calvin
 
 BLOCKS = calvin.BLOCKS
 ACROSS = np.pi / 2             # yaw of the gripper at which its fingers open along x

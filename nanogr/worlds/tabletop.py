@@ -5,9 +5,9 @@ A-D that differ in looks and in the places of their fixtures. No physics engine 
 pushed and dropped by a few rules, so that a step with both pictures takes a quarter of a millisecond.
 Observations, actions, task names and oracles follow CALVIN, so eval_calvin.py can use this or calvin_env.
 
-    python tabletop.py                                            # measure the demonstrator, out/tabletop.png
-    python tabletop.py --make demonstrations --out data/robot     # two cameras, states, actions
-    python tabletop.py --make videos --out data/person            # a person's hand: one camera, no actions
+    python -m nanogr.worlds.tabletop                      # measure the demonstrator, draw out/tabletop.png
+    python -m nanogr.worlds.tabletop --make demonstrations --out DIR   # two cameras, states, actions
+    python -m nanogr.worlds.tabletop --make videos --out DIR           # a person's hand: one camera
 
 Reads nothing; writes packed clips (see clips.py). In order: the world, its pictures, the tasks and their
 oracle, the demonstrator, data sets. Lengths are metres: x to the right, y away from the viewer, z up.
@@ -15,14 +15,14 @@ oracle, the demonstrator, data sets. Lengths are metres: x to the right, y away 
 import functools
 import multiprocessing
 import os
-import sys
 from collections import Counter, namedtuple
 
 import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-import clips
+from nanogr import clips
+from nanogr.common import Parser, cores, run_script
 
 # Actions are CALVIN's rel_actions. CALVIN runs at 30 Hz; here one step holds the action for two of its ticks.
 METRES_PER_TICK, RADIANS_PER_TICK = 1 / 50, 1 / 20    # moved by an action of 1
@@ -802,7 +802,7 @@ def make(kind, directory, n_clips=8000, scenes="ABCD", workers=None, seed=0, com
     clips.claim(directory, kind=kind, clips=n_clips, scenes=scenes, seed=seed, shares=SHARES,
                 nudges=0 if kind == "videos" else NUDGES)
     todo = [job for job in jobs if not clips.shard_is_done(directory, job[2])]
-    workers = min(workers or os.cpu_count(), max(1, len(todo)))
+    workers = min(workers or cores(), max(1, len(todo)))
     there = n_clips - sum(job[4] for job in todo)
     with tqdm(total=n_clips, initial=there, unit="clip", desc=f"tabletop {kind}") as bar:
         if workers == 1:
@@ -885,12 +885,12 @@ def contact_sheet(path, scenes, seed):
 
 
 def main():
-    parser = clips.Parser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--make", choices=["demonstrations", "videos"], help="without it, measure")
     parser.add_argument("--out", help="directory of the data set")
     parser.add_argument("--clips", type=int, default=8000)
     parser.add_argument("--scenes", default="ABCD")
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--workers", type=int, default=cores())
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--episodes", type=int, default=20, help="times each task is measured")
     args = parser.parse_args()
@@ -902,13 +902,10 @@ def main():
         return
     if args.out is None:
         parser.error("--make needs --out DIR")
-    command = (f"python tabletop.py --make {args.make} --out {args.out} --clips {args.clips}"
+    command = (f"python -m nanogr.worlds.tabletop --make {args.make} --out {args.out} --clips {args.clips}"
                f" --scenes {args.scenes} --seed {args.seed}")
-    try:
-        make(args.make, args.out, args.clips, args.scenes, args.workers, args.seed, command)
-    except clips.ClipsError as error:
-        sys.exit(f"tabletop.py: {error}")
+    make(args.make, args.out, args.clips, args.scenes, args.workers, args.seed, command)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,0 +1,1 @@
+"""What the scripts share, and nobody needs in order to understand GR-1."""

@@ -1,0 +1,164 @@
+"""The encoders that stand before GR-1: frozen MAE and CLIP of the paper, and two small ones for a laptop.
+
+GR1(config, vision, text) takes any modules of these shapes:
+    vision: images float (N, 3, S, S), ImageNet-normalised -> CLS (N, Dv), patches (N, P, Dv)
+    text:   a list of B sentences -> (B, Dt)
+`frozen = False` says that a module is trained and saved with the rest.
+"""
+import logging
+import math
+import zlib
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from nanogr.common import UserError
+from nanogr.weights import read_weights
+
+
+def build_encoders(config, vision=None, text=None, vision_weights="hub", text_weights="hub"):
+    """The encoders of a preset: (vision, text). Each may be given as a module, which stays as it is, or as
+    words that say where the weights come from: "hub", "none" (random) or a file; None: as vision_weights and
+    text_weights say. The tiny preset's are its own and train with the rest. UserError if they can't be had.
+    """
+    vision, text = vision_weights if vision is None else vision, text_weights if text is None else text
+    if config.preset == "tiny":
+        for given in vision, text:
+            if isinstance(given, str) and given not in ("hub", "none"):
+                raise UserError(f"the tiny preset has encoders of its own: {given} is for --preset gr1")
+        vision = TinyVision(config.vision_dim) if isinstance(vision, str) else vision
+        return vision, HashText(config.text_dim) if isinstance(text, str) else text
+    return (fill(MAEVision, vision, "image encoder timm/vit_base_patch16_224.mae", "--mae",
+                 "mae_pretrain_vit_base.pth"),
+            fill(CLIPText, text, "text encoder open_clip ViT-B-32-quickgelu 'openai'", "--clip",
+                 "open_clip_model.safetensors"))
+
+
+def fill(encoder, source, what, flag, example):
+    """An encoder with the weights of source, see build_encoders. Where the hub cannot be reached, the error
+    says what to download and how to name it; a file's tensors must hold all of the encoder's (a whole CLIP
+    holds more)."""
+    if not isinstance(source, str):
+        return source
+    logging.disable(logging.ERROR)                       # a dozen lines of retries say less than one of ours
+    try:
+        made = encoder(hub=source == "hub")
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot get the {what} from the hub ({type(error).__name__}): give a local file "
+                        f"with {flag} FILE (for example {example}), or {flag} none for random weights"
+                        ) from error
+    finally:
+        logging.disable(logging.NOTSET)
+    if source not in ("hub", "none"):
+        state, (module,) = read_weights(source), made.children()
+        wanted = module.state_dict()
+        missing = [key for key in wanted if key not in state]
+        if missing:
+            raise UserError(f"{source} is no weights file for this encoder: it lacks {missing[0]}"
+                            + (f" and {len(missing) - 1} more" if missing[1:] else ""))
+        for key, tensor in wanted.items():
+            if state[key].shape != tensor.shape:
+                raise UserError(f"{source} is for another size: {key} has {tuple(state[key].shape)}, not "
+                                f"{tuple(tensor.shape)}")
+        module.load_state_dict({key: state[key] for key in wanted})
+    return made
+
+
+class MAEVision(nn.Module):
+    """The paper's, frozen MAE ViT-B/16: (N, 3, 224, 224) -> CLS (N, 768), patches (N, 196, 768).
+    hub: with timm's weights, which are fetched from the hub; else random ones.
+    """
+    frozen = True
+
+    def __init__(self, hub=False):
+        super().__init__()
+        import timm
+        self.vit = timm.create_model("vit_base_patch16_224.mae", pretrained=hub, num_classes=0)
+
+    @torch.no_grad()
+    def forward(self, images):
+        x = self.vit.forward_features(images)            # (N, 197, 768), after the final LayerNorm
+        return x[:, 0], x[:, 1:]
+
+
+class CLIPText(nn.Module):
+    """The paper's, CLIP ViT-B/32's text tower, frozen: a list of B sentences -> (B, 512).
+    hub: with OpenAI's weights, which open_clip fetches from the hub; else random ones.
+    """
+    frozen = True
+    group = 1                      # sentences encoded at once, always so many: then a sentence's row is the
+                                   # same to the last bit, whatever others are new together with it
+
+    def __init__(self, hub=False):
+        super().__init__()
+        import open_clip
+        name = "ViT-B-32-quickgelu"
+        self.clip = open_clip.create_model(name, pretrained="openai" if hub else None)
+        del self.clip.visual, self.clip.logit_scale
+        self.tokenize, self.cache = open_clip.get_tokenizer(name), {}
+
+    @torch.no_grad()
+    def forward(self, sentences):
+        new = [s for s in dict.fromkeys(sentences) if s not in self.cache]
+        if len(self.cache) + len(new) > 10_000:          # Ego4D has millions of sentences, CALVIN 400
+            self.cache, new = {}, list(dict.fromkeys(sentences))
+        for i in range(0, len(new), self.group):
+            some = new[i:i + self.group]
+            tokens = self.tokenize(some + some[-1:] * (self.group - len(some)))
+            self.cache.update(zip(some, self.clip.encode_text(tokens.to(self.clip.text_projection.device))))
+        return torch.stack([self.cache[s] for s in sentences])
+
+
+class TinyVision(nn.Module):
+    """A small encoder trained with the rest: (N, 3, S, S) -> CLS (N, Dv), keypoints (N, points, Dv).
+
+    A keypoint stands for a patch. It is the spatial softmax (Levine et al. 2016, arXiv 1504.00702) of a
+    learned map over cells of 4 px: the mean place, how high the map peaks, and what the cells show there.
+    CLS reads where all of them are and how high. A robot needs to know what is where.
+    """
+    frozen = False
+
+    def __init__(self, width, points=32):
+        super().__init__()
+        cell = width // 2                                # features of a cell of 4 px: a block is 5 px wide
+        self.stem, self.maps = nn.Conv2d(3, cell, 4, 4), nn.Conv2d(cell, points, 1)
+        self.cls = nn.Linear(3 * points, width)
+        self.token, self.identity = nn.Linear(3 + cell, width), nn.Parameter(torch.zeros(points, width))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, images):
+        cells = F.gelu(self.stem(images))
+        maps, cells = self.maps(cells).flatten(2), cells.flatten(2)               # (N, ., H * W)
+        heat = (maps - maps.mean(-1, keepdim=True)) / (maps.std(-1, keepdim=True) + 1e-3)  # none saturates
+        heat = (3 * heat).softmax(-1)                    # 3: even a random map's peak outweighs its 256 cells
+        side = math.isqrt(heat.shape[-1])
+        line = torch.linspace(-side / 4, side / 4, side, device=heat.device)      # [8 px from the middle]
+        grid = torch.stack([line.repeat(side), line.repeat_interleave(side)], 1)           # column, row
+        where, top = heat @ grid, maps.amax(-1, keepdim=True)                     # (N, 32, 2), (N, 32, 1)
+        tokens = self.token(torch.cat([where, top, heat @ cells.transpose(1, 2)], -1))
+        return self.cls(torch.cat([where.flatten(1), top.flatten(1)], 1)), self.norm(tokens + self.identity)
+
+
+class HashText(nn.Module):
+    """A text encoder that needs no download: words and word pairs, hashed to fixed random directions, summed.
+    Knows which words and pairs occur, not what they mean; enough for a closed set of instructions.
+    """
+    frozen = True
+
+    def __init__(self, width):
+        super().__init__()
+        self.width = width
+        self.register_buffer("device_of", torch.zeros(0), persistent=False)
+
+    def direction(self, text):
+        return np.random.default_rng(zlib.crc32(text.encode())).standard_normal(self.width)
+
+    def forward(self, sentences):
+        rows = []
+        for sentence in sentences:
+            words = sentence.lower().split()
+            rows.append(sum(map(self.direction, words + [" ".join(pair) for pair in zip(words, words[1:])]),
+                            np.zeros(self.width)))
+        return torch.tensor(np.stack(rows), dtype=torch.float32, device=self.device_of.device)
