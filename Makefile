@@ -16,6 +16,6 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(ON) pip install --quiet --disable-pip-version-check pytest
-	$(ON) python -m pytest -q test_model.py
+	$(ON) python -m pytest -q test_model.py tests course
 
 .PHONY: demo test

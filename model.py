@@ -594,7 +594,8 @@ def check_config(config):
              f"{key} must be {f.type.__name__}, got {value!r}")
         must(f.type is not int or value >= least, f"{key} must be at least {least}, got {value}")
     must(0 <= config.dropout < 1, f"config key 'dropout' must be from 0 to below 1, got {config.dropout}")
-    must(not config.copy_gate or not config.norm_pixels, "copy_gate copies plain pixels: norm_pixels=false")
+    must(not config.copy_gate or not config.norm_pixels,
+         "copy_gate copies plain pixels: it needs norm_pixels false")
     must(not any(config.width % n for n in (config.heads, config.decoder_heads, 4)),
          f"width {config.width} must be a multiple of heads {config.heads}, decoder_heads "
          f"{config.decoder_heads} and 4")
@@ -611,7 +612,8 @@ def describe(config):
     print(f"tokens of a timestep (x {config.window} timesteps)")
     for name, count, is_query in table:
         print(f"  {name:<22}{count:>4}  {'query' if is_query else 'context'}")
-    print(f"  {'total':<22}{sum(count for _, count, _ in table):>4}\n")
+    total = sum(count for _, count, _ in table)
+    print(f"  {'total':<22}{total:>4}  x {config.window} = {total * config.window}\n")
     context = [name for name, _, is_query in table if not is_query]
     asking = [name for name, _, is_query in table if is_query]
     rows = [f"{name} t+{t}" for kind in (context, asking) for t in range(2) for name in kind]

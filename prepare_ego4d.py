@@ -629,7 +629,8 @@ def main():
     except MemoryError:
         raise UserError("out of memory; with fewer --workers the same command goes on") from None
     except OSError as error:                           # OUT can't be written, the disk is full
-        raise UserError(f"{error}; mend that, and the same command goes on where it was") from None
+        said = f"{error.filename or args.out}: {error.strerror}" if error.strerror else error
+        raise UserError(f"{said}; mend that, and the same command goes on where it was") from None
     except KeyboardInterrupt:
         raise UserError("interrupted; the same command goes on where it was") from None
 

@@ -26,10 +26,13 @@ import os
 import pathlib
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import zlib
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -43,7 +46,7 @@ from tqdm import tqdm
 
 from model import GR1, ModelError, losses, preset_config, to_pixels, total_loss
 from nanogr import clips, weights
-from nanogr.common import Parser, UserError, check_same, cores, make_room, write_whole
+from nanogr.common import Parser, UserError, check_same, cores, lock, make_room, write_whole
 from nanogr.encoders import build_encoders
 from nanogr.policy import change_errors, draw, to_images
 
@@ -178,7 +181,7 @@ def parse(argv=None):
     for package in "wandb", "tensorboard":
         if getattr(config, package) and not importlib.util.find_spec(package):
             parser.error(f"--{package} needs the package {package}: pip install {package}")
-    config.out = config.out or f"out/{config.stage}"
+    config.out = os.path.normpath(config.out or f"out/{config.stage}")
     config.text_weights = config.text_weights or ("none" if config.vision_weights == "none" else "hub")
     return config, changes, mode
 
@@ -221,6 +224,9 @@ def set_up():
     """
     rank, local, size, here = (int(os.environ.get(name, default)) for name, default in
                                (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
+    if size > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
+        raise UserError(f"WORLD_SIZE is {size}, but no launcher says where the other processes are: unset it "
+                        "to train on one, or start with torchrun --nproc N train.py")
     gpu = torch.cuda.is_available()
     count = torch.cuda.device_count() if gpu else cores()
     slots = 1 << (count.bit_length() - 1)                # a power of two divides the presets' batches
@@ -404,7 +410,7 @@ def build(config, changes, world):
     found = config.stage == "finetune" and os.path.exists("out/pretrain/config.json")
     fits = found and weights.read_config("out/pretrain")["model"].get("preset") == model_config.preset
     if found and not (fits or config.init or config.resume):
-        world.print(f"init: out/pretrain is of another preset than {model_config.preset}, so it is left alone")
+        world.print(f"init: out/pretrain is not of preset {model_config.preset}, so it is left alone")
     init = "none" if config.resume else config.init or ("out/pretrain" if fits else "none")
     state = None if init == "none" else weights.read_checkpoint(init)
     torch.manual_seed(config.seed)
@@ -459,7 +465,7 @@ def save(config, learner, progress, world):
         model = learner.model
         save_model(config.out, config, model, progress.step)
         state = dict(step=progress.step, best=progress.best, sums=sums.tolist(),
-                     skipped=progress.skipped.tolist(), processes=world.size,
+                     skipped=progress.skipped.tolist(), processes=world.size, clips=progress.clips,
                      model=model.trained_state(), optimizer=learner.optimizer.state_dict(),
                      config=dataclasses.asdict(config) | dataclasses.asdict(model.config))
         write_whole(os.path.join(config.out, "resume.pt"), lambda file: torch.save(state, file))
@@ -467,9 +473,22 @@ def save(config, learner, progress, world):
 
 
 def precision(config, world):
-    """bf16 or fp32, where --precision leaves it open."""
-    auto = "bf16" if world.device.type == "cuda" else "fp32"
-    return auto if config.precision == "auto" else config.precision
+    """bf16 or fp32, where --precision leaves it open: bf16 on a GPU that computes in it."""
+    able = world.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return ("bf16" if able else "fp32") if config.precision == "auto" else config.precision
+
+
+def compiles(config, world):
+    """Whether to torch.compile: --compile, as far as there is a C compiler, which that needs."""
+    if config.compile == "off" or config.compile == "auto" and world.device.type != "cuda":
+        return False
+    if any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang", "cl"))):
+        return True
+    if config.compile == "on":
+        raise UserError("--compile on needs a C compiler on the PATH or in CC: install gcc or clang, or take "
+                        "--compile off")
+    world.print("compile: no C compiler on the PATH or in CC, so the model runs as it is (slower)")
+    return False
 
 
 @dataclass
@@ -493,7 +512,7 @@ def equip(model, config, world):
         getattr(model, name).bfloat16()
     if gpu:
         model.vision.to(memory_format=torch.channels_last)              # as the JPEGs' bytes come
-    if config.compile == "on" or config.compile == "auto" and gpu:
+    if compiles(config, world):
         # by parts: sentences are no tensors, and a part's gradients are averaged while others are computed
         for part in model.vision, model.resampler, model.trunk, *([model.video_head] * model.config.video):
             part.compile()
@@ -516,8 +535,19 @@ def can_resume(config, world):
     return share == 1
 
 
-def load_resume(config, learner, world):
-    """Load resume.pt: -> Progress. The settings must be those that the run began with."""
+def fingerprint(data):
+    """What tells a data set from another, wherever it lies: a checksum over its index and its clips' own."""
+    crc = zlib.crc32(repr(data.sentences).encode())
+    for shard in data.shards:
+        for key in sorted(shard):
+            crc = zlib.crc32(np.ascontiguousarray(shard[key]), crc)
+    return f"{crc:08x}"
+
+
+def load_resume(config, learner, print_of_data, world):
+    """Load resume.pt: -> Progress. The settings must be those that the run began with, and so must the clips
+    (their fingerprint); where they lie may have changed.
+    """
     path = os.path.join(config.out, "resume.pt")
     try:
         state = torch.load(path, map_location=world.device, weights_only=True)
@@ -526,8 +556,11 @@ def load_resume(config, learner, world):
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged or of an older version ({type(error).__name__}): start "
                              f"anew, with --init {config.out} to keep its weights") from error
+    if state.get("clips", print_of_data) != print_of_data:
+        raise UserError(f"{config.out} was begun on other clips than those in --data: give the same, or "
+                        "another --out")
     free = {"resume", "out", "init", "fresh", "workers", "log_every", "eval_every", "eval_batches", "compile",
-            "wandb", "tensorboard"}
+            "wandb", "tensorboard"} | ({"data"} if "clips" in state else set())
     now = dataclasses.asdict(config) | dataclasses.asdict(learner.model.config)
     fixed = [key for key in state["config"] if key not in free]
     before, now = ({key: settings.get(key) for key in fixed} for settings in (state["config"], now))
@@ -538,17 +571,15 @@ def load_resume(config, learner, world):
         f"; {processes} processes trained it, now {world.size}: its batches stay the same, but dropout and "
         "the last bits of sums differ" if processes != world.size else ""))
     sums, skipped = (torch.tensor(x, device=world.device) for x in (sums, skipped))
-    return Progress(step, best, skipped, sums, saved=step)
+    return Progress(step, best, skipped, sums, saved=step, clips=print_of_data)
 
 
 def clear_out(out, world):
-    """Make the directory `out`; an earlier run in it is moved aside, so that nothing is overwritten."""
+    """Move an earlier run in `out` aside, so that nothing is overwritten."""
     world.barrier()                                      # others may still be reading it as --init
     if world.main and os.path.exists(os.path.join(out, "config.json")):
-        world.print(f"out: the run that was in {out} is now in {make_room(out)} "
+        world.print(f"out: the run that was in {out} is now in {make_room(out, ['[!.]*'])} "
                     "(--resume would have gone on with it)")
-    if world.main:
-        os.makedirs(out, exist_ok=True)
     world.barrier()
 
 
@@ -561,6 +592,7 @@ class Progress:
     skipped: torch.Tensor          # (2,) steps without a finite gradient: in a row till now, in all
     sums: torch.Tensor             # of the figures since the last line, then how many steps; (1,): 0 steps
     saved: int | None = None       # step of the last checkpoint
+    clips: str = ""                # of which data set, see fingerprint
 
 
 class Later:
@@ -725,6 +757,20 @@ def ask_to_stop(signum, frame):
         os.kill(os.getpid(), signum)
 
 
+def follow_launcher():
+    """End this run, as after SIGTERM, when the torchrun that started it is gone, however that ended."""
+    launcher = os.getppid()
+
+    def watch():
+        while os.getppid() == launcher:
+            time.sleep(1)
+        STOP.append(time.monotonic())
+        time.sleep(60)                                   # the others are gone too: a step may wait for ever
+        os._exit(1)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=watch, daemon=True).start()
+
+
 def train(config, changes, world):
     """The whole run: data, model, steps."""
     check_batch(config, world)
@@ -735,19 +781,23 @@ def train(config, changes, world):
     config.steps, config.epochs = config.steps or math.ceil(config.epochs * places / config.batch), 0.0
     windows = training_windows(data, ids, config, model.config)
     held_out = held_out_windows(*others, config, model.config, world)
-    if not config.resume:                                # no mistake of the user's comes later
+    if world.main:                                       # no mistake of the user's comes later
+        os.makedirs(config.out, exist_ok=True)
+        held = lock(os.path.join(config.out, ".lock"))
+    if not config.resume:
         clear_out(config.out, world)
     learner = equip(model, config, world)
-    progress = (load_resume(config, learner, world) if config.resume else
+    progress = (load_resume(config, learner, fingerprint(data), world) if config.resume else
                 Progress(0, math.inf, torch.zeros(2, dtype=torch.int64, device=world.device),
-                         torch.zeros(1, device=world.device)))
+                         torch.zeros(1, device=world.device), clips=fingerprint(data)))
     world.print(f"model: {json.dumps(dataclasses.asdict(model.config))}")
     world.print(f"train: {json.dumps(dataclasses.asdict(config))}")
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    world.print(f"{parameters:,} trained parameters; {len(ids)} clips, {places:,} windows, "
-                f"{len(held_out.ids)} clips held out; {config.steps} steps of {config.batch} windows "
-                f"({config.steps * config.batch / places:.1f} epochs); {world.size} x {world.device.type}, "
-                f"{precision(config, world)}")
+    apart = held_out.clips is not data or not np.isin(held_out.ids, ids).any()
+    said = f"{len(held_out.ids)} clips held out" if apart else "none held out, for all are of one recording"
+    world.print(f"{parameters:,} trained parameters; {len(ids)} clips, {places:,} windows, {said}; "
+                f"{config.steps} steps of {config.batch} windows ({config.steps * config.batch / places:.1f} "
+                f"epochs); {world.size} x {world.device.type}, {precision(config, world)}")
     if world.main and not progress.step:
         sheet = draw_batch(windows[0, 0, world.size * config.accumulate], model.config)
         Image.fromarray(sheet).save(os.path.join(config.out, "first_batch.png"))
@@ -758,6 +808,8 @@ def train(config, changes, world):
         run(progress, learner, loader, config, held_out, world, log)
     finally:
         log.close()
+        if world.main:
+            held.close()
         # workers heed no SIGTERM, and an error's traceback would keep their loader
         getattr(loader, "_shutdown_workers", lambda: None)()
     world.print(f"done: {config.out}/model.safetensors" if progress.step == config.steps else
@@ -766,10 +818,12 @@ def train(config, changes, world):
 
 def main():
     config, changes, mode = parse()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)         # while it waits for other processes, in torch's C++
+    world = set_up()
     trains = mode == "train"                             # else Ctrl-C ends it, when its clips are taken away
     signal.signal(signal.SIGINT, ask_to_stop if trains else lambda *_: sys.exit(130))
     signal.signal(signal.SIGTERM, ask_to_stop if trains else signal.SIG_DFL)
-    world = set_up()
+    follow_launcher()
     if mode == "train":
         train(config, changes, world)
     else:
@@ -780,7 +834,8 @@ def main():
 
 
 # What torch says where a user can do something about it: a word of its message, and what to say instead.
-EXPLAINED = {"Connection closed by peer": "another process of this run has ended, see above",
+EXPLAINED = {"timed out": "waited too long for this run's other processes: are they all started?",
+             "Connection closed by peer": "another process of this run has ended, see above",
              "Connection reset by peer": "another process of this run has ended, see above",
              "DataLoader worker": "a loader process was killed: if its memory or a container's shared memory "
                                   "(--shm-size) ran out, try fewer --workers or a smaller --batch",

@@ -38,8 +38,8 @@ PAPER = (("pretrain", 800_000, 50), ("finetune", 1_400_000, 20))
 
 # ------------------------------------------------------------------------------------------- measuring
 def in_turn(calls, seconds, device=torch.device("cpu")):
-    """Seconds that each call takes, a list for each of `calls`. All are called in turn, for the machine's mood
-    changes, for about `seconds` and at least three times; the round before that warms up and does not count.
+    """Seconds that each call takes, a list for each of `calls`. All are called in turn, for a machine's speed
+    drifts, for about `seconds` and at least three times; the first round warms up and does not count.
     """
     times, start = [[] for _ in calls], time.perf_counter()
     while len(times[-1]) < 4 or time.perf_counter() - start < seconds:
@@ -139,15 +139,14 @@ def bench_loader(data, config, model_config, seconds):
             simplejpeg.decode_jpeg(jpeg, "RGB")
 
     def taking(workers):
-        loader = train.batches(windows, range(10 ** 6), 1, train.World(), workers)
+        loader = train.batches(windows, range(10 ** 6), 1, train.Processes(), workers)
         return lambda: next(loader)
 
-    rate = lambda count, times: count * len(times) / sum(times)
     by_two = taking(2)
     for _ in range(5):                                   # four lie ready at first
         by_two()
     (by_two,), (alone, loaded) = in_turn([by_two], seconds), in_turn([decode, taking(0)], seconds)
-    return rate(len(jpegs) / frames, alone), rate(some.batch, loaded), rate(some.batch, by_two)
+    return len(jpegs) / frames / min(alone), some.batch / min(loaded), some.batch / np.mean(by_two)
 
 
 class Stopwatch:

@@ -3,14 +3,22 @@ import argparse
 import concurrent.futures
 import contextlib
 import difflib
+import json
+import math
 import multiprocessing
 import os
 import pathlib
 import platform
+import shutil
 import signal
 import sys
 import threading
 from concurrent.futures.process import BrokenProcessPool
+
+try:
+    import fcntl
+except ImportError:                                      # Windows
+    fcntl = None
 
 
 class UserError(Exception):
@@ -54,8 +62,13 @@ def parse_part(parser, text):
 
 
 def cores():
-    """How many this process may use: a container or a batch system may grant fewer than there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many this process may use: a batch system (affinity) or a container (cgroup) may grant fewer than
+    there are."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):       # cgroup version 2: microseconds granted, of a period
+        quota, period = pathlib.Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(allowed, math.ceil(int(quota) / int(period))))
+    return allowed
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -88,6 +101,37 @@ def write_whole(path, content):
             os.close(folder)
 
 
+def lock(path):
+    """Open a file to append to and hold it until it is closed or the process ends; UserError if another
+    process holds it: two runs would mix. Where a system or a disk knows no locks, none is held.
+    """
+    file = open(path, "ab", buffering=0)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(f"another run is writing into {pathlib.Path(path).parent}: wait for its end, or "
+                        "choose another --out") from None
+    except (OSError, AttributeError):                    # a file system without locks; Windows has no fcntl
+        pass
+    return file
+
+
+def read_json(path, cure, most=1 << 26):
+    """What a JSON file holds, an object; UserError with the cure if it is damaged, too large or too deep."""
+    path = pathlib.Path(path)
+    try:
+        if path.stat().st_size > most:
+            raise ValueError(f"{path.stat().st_size:,} bytes")
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+        return content
+    except (ValueError, RecursionError) as error:        # UnicodeDecodeError is a ValueError
+        said = "nested too deep" if isinstance(error, RecursionError) else error
+        raise UserError(f"{path} is damaged ({said}): {cure}") from None
+
+
 def make_room(directory, names=("*",)):
     """Move what an earlier run wrote, the files `names` (globs), from `directory` to directory.1 or the next
     free number, so that nothing is overwritten; other files stay. -> the new directory
@@ -97,13 +141,13 @@ def make_room(directory, names=("*",)):
         n += 1
     aside.mkdir()
     for path in sorted(path for name in names for path in directory.glob(name)):
-        path.rename(aside / path.name)
+        shutil.move(path, aside / path.name)             # `directory` may be a link or a disk of its own
     return aside
 
 
 def check_same(before, now, where, cure=""):
     """UserError if two runs' settings differ, {name: value}: their results would be mixed."""
-    changed = [f"{name} {before.get(name)}, not {now.get(name)}" for name in sorted(before | now)
+    changed = [f"{name} {before.get(name)}, now {now.get(name)}" for name in sorted(before | now)
                if before.get(name) != now.get(name)]
     if changed:
         raise UserError(f"{where} was begun with {'; '.join(changed)}{cure}")

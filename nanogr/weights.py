@@ -4,19 +4,46 @@ A checkpoint of train.py is a directory: model.safetensors (all that is trained)
 encoders, train, step). The authors' files are torch's; OFFICIAL_NAMES says what their tensors are here.
 In order: any weights file, ours, the authors'. Every mistake is a UserError that names what does not fit.
 """
+import collections
 import dataclasses
 import json
 import os
 import pickle
 import re
 import struct
+import types
 import warnings
+import zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from nanogr.common import UserError, write_whole
+from nanogr.common import UserError, read_json, write_whole
+
+
+class Inert:
+    """Stands for whatever a file names beside tensors: takes any arguments and does nothing."""
+    __init__ = __setstate__ = __setitem__ = append = extend = add = update = lambda self, *_, **__: None
+    __repr__ = lambda self: "an object of some program"
+
+
+class InertUnpickler(pickle.Unpickler):
+    """Makes tensors and plain containers. A pickle runs code by naming what to call: whatever else it names
+    is Inert, so that a file's tensors can be had without its optimizer, paths or callbacks.
+    """
+    REAL = {("collections", "OrderedDict"): collections.OrderedDict, ("torch", "Size"): torch.Size,
+            **{("torch._utils", name): getattr(torch._utils, name)
+               for name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter")}}
+
+    def find_class(self, module, name):
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        return self.REAL.get((module, name), Inert)
+
+
+# torch.load builds its own unpickler on this one, and makes storages itself
+inert_pickle = types.SimpleNamespace(__name__="inert_pickle", Unpickler=InertUnpickler)
 
 
 def read_weights(path):
@@ -29,9 +56,14 @@ def read_weights(path):
                 return {k: f.get_tensor(k) for k in f.keys()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")              # torch's guesses; ours is the line that is printed
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError:               # it holds more than tensors, as Lightning's files do
+                if not zipfile.is_zipfile(path):
+                    raise
+                state = torch.load(path, map_location="cpu", weights_only=False, pickle_module=inert_pickle)
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError,
-            AssertionError, struct.error) as error:
+            AssertionError, MemoryError, RecursionError, AttributeError, struct.error) as error:
         raise UserError(f"{path} is not a readable weights file ({type(error).__name__})") from error
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is not a plain weights file; it was not opened further") from error
@@ -51,6 +83,8 @@ def read_checkpoint(path):
     if they are no GR-1's: callers read first, and fetch encoders and build a model for a good file only.
     """
     state = read_weights(os.path.join(path, "model.safetensors") if os.path.isdir(path) else path)
+    # what DistributedDataParallel and torch.compile put in front of names
+    state = {key.replace("_orig_mod.", "").removeprefix("module."): value for key, value in state.items()}
     checkpoint_kind(state, path)
     return state
 
@@ -67,12 +101,8 @@ def read_config(path):
     if not os.path.isfile(name):
         raise UserError(f"no checkpoint in '{path}': train one with train.py, or name its directory with "
                          "--checkpoint")
-    with open(name) as f:
-        try:
-            config = json.load(f)
-        except ValueError as error:
-            raise UserError(f"{name} is damaged ({error})") from error
-    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+    config = read_json(name, "take another checkpoint, or train this one again")
+    if not isinstance(config.get("model"), dict):
         raise UserError(f"{name} is no checkpoint's: it has no settings under 'model'")
     return config
 

@@ -1,0 +1,39 @@
+"""nanogr/encoders.py: keypoints, sentences."""
+
+from unittest import mock
+
+import torch
+
+from nanogr import encoders
+from tests.helpers import same
+
+
+def test_keypoints_say_where_and_what():
+    """Catches a keypoint with row and column swapped, upside down, at another scale, or of another cell."""
+    vision, images = encoders.TinyVision(8, points=2), torch.zeros(3, 3, 32, 32)
+    for i, (row, column) in enumerate(((1, 6), (1, 7), (2, 6))):             # one bright cell of 8 x 8
+        images[i, 0, 4 * row:4 * row + 4, 4 * column:4 * column + 4] = 1
+    with torch.no_grad():
+        for parameter in vision.parameters():
+            parameter.zero_()
+        vision.stem.weight[0, 0] = vision.maps.weight[0, 0] = 1.0            # cell feature 0, map 0: red
+        vision.cls.weight[[0, 1, 2], [0, 1, 4]] = 1.0                        # map 0's column, row and peak
+        cls, points = vision(images)
+    assert points.shape == (3, 2, 8)
+    column, row = cls[:, 0], cls[:, 1]
+    assert column[0] > 0 > row[0] and column[1] - column[0] > 0.3 and same(row[1], row[0], 1e-3)
+    assert row[2] - row[0] > 0.3 and same(column[2], column[0], 1e-3)
+    assert same(cls[0, 2], torch.nn.functional.gelu(torch.tensor(16.0)), 1e-3)
+
+
+def test_a_sentence_is_encoded_the_same_in_any_company():
+    """Catches a resumed run that differs in the last bits: the encoder's depend on how many come at once."""
+    text = encoders.CLIPText.__new__(encoders.CLIPText)
+    torch.nn.Module.__init__(text)
+    text.group, text.cache, text.tokenize = 4, {}, lambda group: torch.tensor([[ord(x)] for x in group])
+    text.clip = mock.Mock(text_projection=torch.zeros(1), encode_text=lambda tokens: torch.cat(
+        [tokens, torch.full_like(tokens, len(tokens))], 1))
+    wanted = [[ord(x), 4] for x in "abcdefg"]
+    assert text(["a"]).tolist() == wanted[:1] and text(list("abcdefg")).tolist() == wanted
+    text.cache = {}
+    assert text(list("abcdefg")).tolist() == wanted and text(list("ga")).tolist() == [wanted[6], wanted[0]]

@@ -1,0 +1,59 @@
+"""nanogr/policy.py: acting equals the full forward; what is drawn of the foreseen."""
+
+import numpy as np
+import pytest
+import torch
+
+import model as gr1
+from nanogr import policy
+from tests.helpers import CAMERAS, refused, same, small_config, small_model
+
+
+def test_foresight_is_judged_and_drawn():
+    """Catches pictures scaled by another patch's spread; a ratio that counts padding or what stands still."""
+    config, frame = small_config(), torch.randn(2, 3, 32, 32)
+    assert same(policy.draw(gr1.video_target(frame, config), frame, config), frame, 1e-5)
+    config, x = small_config(norm_pixels=False), torch.rand(2, 6, 3, 32, 32)
+    assert torch.equal(policy.draw(gr1.video_target(frame, config), torch.zeros_like(frame), config), frame)
+    x[..., 16:] = x[:, :1, ..., 16:]                                           # the right half never changes
+    now, future = gr1.patchify(x[:, :4], 16), gr1.patchify(x[:, 2:], 16)
+    perfect = future.clone()
+    perfect[:, :, [1, 3]] += 1                                                 # but for that half
+    errors = lambda out, real=True: policy.change_errors(
+        dict.fromkeys(CAMERAS, out), dict.fromkeys(CAMERAS, x), torch.full((2, 4), real), config)
+    assert errors(now).shape == (2, 2) and (errors(now) > 0).all() and same(*errors(now).T, 1e-4)
+    assert (errors(perfect)[:, 0] == 0).all() and same(errors(perfect)[:, 1], errors(now)[:, 1], 1e-4)
+    assert (errors(now, real=False) == 0).all()
+
+
+@pytest.mark.parametrize("changes", [dict(chunk=1), dict(chunk=2), dict(norm_pixels=False, copy_gate=True)])
+def test_policy_equals_the_full_forward(changes):
+    """Catches what a policy may wrongly keep: features at an old place in the window, sentence or episode."""
+    model, rng = small_model(**changes), np.random.default_rng(0)
+    acting, history, config = policy.Policy(model), [], model.config
+    assert refused("call step before", acting.predicted_frames)
+    assert refused("no .OBS", policy.Policy(small_model(video=False)).predicted_frames)
+    for step in range(25):
+        if step in (9, 20):
+            acting.reset()
+            history.clear()
+        sentence = "open the drawer" if step < 13 else "lift the block"                # 13 is amid an episode
+        history.append(dict(rgb_static=rng.integers(0, 256, (40, 40, 3), np.uint8),
+                            rgb_gripper=rng.integers(0, 256, (32, 32, 3), np.uint8),
+                            robot_obs=rng.normal(size=15)))
+        seen = {key: torch.tensor(np.stack([x[key] for x in history[-config.window:]]))[None]
+                for key in history[-1]}
+        pixels = {c: gr1.to_pixels(seen[c].permute(0, 1, 4, 2, 3), 32) for c in CAMERAS}
+        with torch.no_grad():
+            out = model(pixels, [sentence], seen["robot_obs"].float())
+        arm, gripper = acting.actions(history[-1], sentence)
+        assert arm.shape == (model.config.chunk, 6)
+        assert np.abs(arm - out["arm"][0, -1].numpy()).max() < 1e-5
+        assert np.abs(gripper - out["gripper"][0, -1].numpy()).max() < 1e-5, step
+        for c, frame in acting.predicted_frames().items():
+            drawn = policy.to_images(policy.draw(out[c][0, -1], pixels[c][0, -1], config)).numpy().astype(int)
+            assert frame.shape == (32, 32, 3) and np.abs(frame - drawn).max() <= 1
+            assert (frame == drawn).mean() > 0.99
+    action = acting.step(history[0], "x")
+    assert action.dtype == np.float32 and action.shape == (7,) and action[6] in (-1, 1)
+    assert np.abs(action[:6]).max() > 1                        # not cut off: the official evaluation doesn't
