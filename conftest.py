@@ -13,7 +13,6 @@ from nanogr.worlds import tabletop
 from tests.helpers import run, training
 
 
-
 @pytest.fixture(autouse=True)
 def same_start():
     torch.manual_seed(0)

@@ -25,7 +25,6 @@ Reads a checkpoint (train.py's or the authors'). Prints the report, writes it to
 import argparse
 import collections
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
@@ -41,7 +40,7 @@ from tqdm import tqdm
 
 from model import GR1, PRESETS, ModelError, preset_config
 from nanogr import pictures, weights
-from nanogr.common import (Parser, UserError, check_same, cores, make_room, nearest, parse_part, quiet,
+from nanogr.common import (Parser, UserError, check_same, cores, lock, make_room, nearest, parse_part, quiet,
                            run_script, write_whole)
 from nanogr.encoders import build_encoders
 from nanogr.policy import Policy, act_together, to_action
@@ -138,9 +137,7 @@ def parse_tasks(parser, args):
     return ", ".join(task for task in known if task in named) or "all"
 
 
-# ---------------------------------------------------------------------------------------------- policies
-
-
+# -------------------------------------------------------------------------------------------- policies
 class Baseline:
     """Policies that need no model: random actions, or none at all."""
 
@@ -199,9 +196,7 @@ def load_policy(args):
     return Policy(model.to(device))
 
 
-# ---------------------------------------------------------------------------------------- one model for all
-
-
+# ----------------------------------------------------------------------------------- one model for all
 class Remote:
     """A worker's side of a policy that lives in the main process, where one model serves all workers."""
 
@@ -260,9 +255,7 @@ def foresight(policy):
     return None
 
 
-# ---------------------------------------------------------------------------------------------- episodes
-
-
+# -------------------------------------------------------------------------------------------- episodes
 def follow(world, policy, task, sentence, args, film=None):
     """Let the policy try one instruction: -> steps until the oracle says yes, or None. `film`, a list, takes
     what was seen and foreseen now and then."""
@@ -356,9 +349,7 @@ def play(job, world, policy, args):
     return result | dict(seconds={part: round(value, 3) for part, value in seconds.items()})
 
 
-# ---------------------------------------------------------------------------------------------- workers
-
-
+# --------------------------------------------------------------------------------------------- workers
 def work(connection, args):
     """A worker process: one world, one episode after the other; says None when it is ready for the next."""
     quiet()
@@ -451,13 +442,11 @@ def play_all(args, jobs):
 
 
 # ---------------------------------------------------------------------------------------------- report
-
-
 def wilson(successes, n, z=1.96):
     """95% interval of a success rate (Wilson's score interval)."""
     p, q = successes / n, z * z / n
     middle, half = (p + q / 2) / (1 + q), z * math.sqrt(p * (1 - p) / n + q / (4 * n)) / (1 + q)
-    return middle - half, middle + half
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def bootstrap(values, draws=2000):
@@ -536,8 +525,7 @@ def markdown(header, figures):
     return "\n".join([*lines, ""])
 
 
-# ---------------------------------------------------------------------------------------------- runs
-
+# ------------------------------------------------------------------------------------------------ runs
 # GR-1's rows of the paper's Tables 1 and 2: the share of chains with 1 .. 5 done in a row, average length.
 PAPER = {"paper, ABCD -> D": ((.949, .896, .844, .789, .731), 4.21),
          "paper, ABC -> D": ((.854, .712, .596, .497, .401), 3.06),
@@ -615,12 +603,12 @@ def begin(args, said):
     """Open --out's episodes.jsonl, locked: -> (episodes that are there, file to append to)."""
     path = pathlib.Path(args.out) / "episodes.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = open_alone(path)
+    file = lock(path)
     if not args.resume and path.read_bytes().count(b"\n") > 1:
         aside = make_room(path.parent, WRITTEN)
         print(f"out: the run that was in {path.parent} is now in {aside} (--resume would have gone on with "
               "it)", file=sys.stderr)
-        file = open_alone(path)
+        file = lock(path)
     if not args.resume:
         file.truncate(0)                                       # settings without an episode, at most
     if not path.stat().st_size:
@@ -633,18 +621,6 @@ def begin(args, said):
 
 def to_line(content):
     return json.dumps(content).encode() + b"\n"
-
-
-def open_alone(path):
-    """The file to append to; ModelError if another process has it open: two runs would mix."""
-    file = open(path, "ab", buffering=0)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another run is writing {path}: choose another --out") from None
-    except OSError:                                            # a file system that knows no locks
-        pass
-    return file
 
 
 def run(args):
@@ -686,7 +662,7 @@ def merge(args):
         raise UserError(f"{', '.join(args.merge)}: no episode was finished yet")
     path = pathlib.Path(args.out) / "episodes.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open_alone(path):
+    with lock(path):
         if path.stat().st_size:
             before, there = read_episodes(args.out)
             check_same(before, said, args.out)

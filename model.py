@@ -28,6 +28,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+
 class ModelError(Exception):
     """A user's mistake about the model: one line that says what is wrong and what to do."""
 
@@ -188,8 +189,8 @@ def mlp(width, activation, bias=True):
 
 
 def pick(runs, at, steps):
-    """Timesteps `steps` (V,) of B windows -> (B, V, ...). runs (G, N, ...): the windows, or what they share;
-    then `at` (B, T) says which of the G * N frames stands at a window's step."""
+    """Timesteps `steps` (V,) of B windows -> (B, V, ...). at None: runs (B, T, ...) are the windows. Else
+    windows share frames, runs (G, N, ...), and at (B, T) says which of the G * N is at a window's step."""
     return runs[:, steps] if at is None else runs.flatten(0, 1)[at[:, steps]]
 
 
@@ -347,8 +348,7 @@ class VideoHead(nn.Module):
         self.copy_gate, self.patch = config.copy_gate, config.patch
         self.pixels = nn.Linear(width, (4 if config.copy_gate else 3) * config.patch ** 2)
         for camera, side in config.cameras.items():
-            positions = sincos_positions(side // config.patch, width)
-            self.register_buffer(f"positions_{camera}", positions, persistent=False)
+            self.register_buffer(f"positions_{camera}", sincos_positions(side // config.patch, width), False)
 
     def forward(self, x, camera, now=None):
         """x (N, L + 1, D) -> (N, P, patch^2 * 3). now (N, 3, S, S): present frames, for the copy gate."""
@@ -462,7 +462,7 @@ class GR1(nn.Module):
     def forward(self, pixels, sentences, robot_obs=None, mask=None, video_at=None, frame_at=None):
         """pixels: {camera: (B, T, 3, S, S)}, see to_pixels; sentences: B strings; robot_obs: (B, T, 15);
         mask: bool (B, T), real steps first; video_at (V,): the timesteps to ask [OBS] at, None for all T;
-        frame_at: where windows share frames, see pick; pixels are then the runs that hold them.
+        frame_at (B, T): where windows share frames, see pick; pixels then hold each shared run once.
         Returns what the config asks for: arm (B, T, K, 6), gripper logits (B, T, K), and of each camera the
         future frame's pixels (B, V, P, patch^2 * 3).
         """
@@ -516,7 +516,7 @@ class GR1(nn.Module):
         """Load a checkpoint and print what was done with each of its tensors. Their names say what it is:
         ours (train.py's), the authors' GR-1 (bytedance/GR-1, snapshot_*.pt) or their Ego4D pre-training
         (bytedance/GR-MG, pretrained.pt, which leaves the robot's parts fresh). config: in place of the stored
-        one, or of gr1's where none is. vision, text: see build_encoders. UserError if it does not fit."""
+        one, or of gr1's where none is. vision, text: see build_encoders. Raises nanogr.common.UserError."""
         from nanogr import encoders, weights             # here: the model itself needs no other file of ours
         stored, state = weights.read_config(path), weights.read_checkpoint(path)
         config = config or GR1Config.from_dict(stored.get("model", {}))
@@ -531,8 +531,8 @@ def losses(out, batch, pixels, config, counts=(None, None)):
     video (mean squared error), each a mean over the steps that have a target.
 
     out: of GR1.forward; batch: from nanogr.clips.Windows; pixels: {camera: (B, T + future, 3, S, S)}, what
-    the model saw and the frames behind it. counts: of steps that have an action, a future frame, to divide by
-    instead, where this batch is a part of one.
+    the model saw and the frames behind it. counts: divide by these, not by the batch's own numbers of known
+    actions and known future frames; training on several processes gives the means over all of them.
     """
     named, at = {}, batch["video_at"]
     if config.robot:

@@ -38,7 +38,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nanogr import clips
-from nanogr.common import Parser, UserError, cores, in_pool, parse_part, run_script, write_whole
+from nanogr.common import Parser, UserError, cores, parse_part, run_script, write_whole
 
 SHARD = 64                                             # segments; about 4,000 frames, 100 MB
 CAMERAS = dict(rgb_static=(200, 200, 3), rgb_gripper=(84, 84, 3))
@@ -318,15 +318,10 @@ def pack(args, split):
     """Pack this machine's part of one split, skipping the shards that an earlier run finished."""
     (shards, dropped), out = shards_of(args, split), args.out / split
     mine = shards[args.part - 1::args.parts]
-    todo = [job for job in mine if not clips.shard_is_done(out, job[3])]
-    total = sum(len(job[4]) for job in mine)
-    with tqdm(total=total, initial=total - sum(len(job[4]) for job in todo), desc=str(out),
-              unit="segment") as bar:
-        workers = min(args.workers, max(1, len(todo)))
-        if workers > 1:
-            open_source.cache_clear()                          # each worker has its own
-        for count in in_pool(pack_shard, todo, workers):
-            bar.update(count)
+    if args.workers > 1:
+        open_source.cache_clear()                              # each worker has its own
+    clips.make_shards(pack_shard, [(job[3], len(job[4]), job) for job in mine], out, args.workers,
+                      unit="segment", desc=str(out))
     if not all(clips.shard_is_done(out, job[3]) for job in shards):
         print(f"{out}: part {args.shard} is done; once all parts are there, start the command again")
         return

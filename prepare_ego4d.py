@@ -47,7 +47,7 @@ from av.video.reformatter import VideoReformatter
 from tqdm import tqdm
 
 from nanogr import clips
-from nanogr.common import Parser, UserError, cores, in_pool, parse_part, run_script, write_whole
+from nanogr.common import Parser, UserError, cores, parse_part, run_script, write_whole
 
 FRAMES, STEP, SIZE = 10, 1 / 3, 224
 SPAN = (FRAMES - 1) * STEP                             # 3 s from the first frame to the last
@@ -63,8 +63,7 @@ Video = collections.namedtuple("Video", "duration stereo redacted excluded there
 Job = collections.namedtuple("Job", "index episode clips out folder suffix crop")       # makes one shard
 
 
-# ------------------------------------------------------------------------------------ the choice of clips
-
+# --------------------------------------------------------------------------------- the choice of clips
 def clean(text):
     """The sentence as a person would write it: without its tag, stray blanks and the dot at the end."""
     text = " ".join(WEARER.sub("", text, count=1).split())
@@ -114,8 +113,7 @@ def by_time(clip):
     return clip.uid, clip.start, clip.pass_number, clip.index
 
 
-# ------------------------------------------------------------------------------------ what there is to choose
-
+# ----------------------------------------------------------------------------- what there is to choose
 ADVICE = ("DATASET is the folder with ego4d.json, --folder the one in it with the videos; Ego4D's client "
           "makes both: ego4d --output_directory DIR --datasets annotations video_540ss")
 COLUMNS = "The first line must be video,start,text; start is the time of the first frame, in seconds"
@@ -227,8 +225,7 @@ def to_lines(chosen):
     return "".join(json.dumps(dict(zip(KEYS, clip)), ensure_ascii=False) + "\n" for clip in chosen).encode()
 
 
-# ------------------------------------------------------------------------------------ frames
-
+# ---------------------------------------------------------------------------------------------- frames
 class Reader:
     """An open video. Ask for frames in the order of time: it decodes once what overlaps, and seeks over gaps.
 
@@ -338,8 +335,7 @@ def raise_if_passing(error, path):
         raise OSError(number, os.strerror(number), str(path)) from None
 
 
-# ------------------------------------------------------------------------------------ packing
-
+# --------------------------------------------------------------------------------------------- packing
 def by_video(chosen):
     """Return [(uid, its clips)] of a list in order."""
     return [(uid, list(group)) for uid, group in itertools.groupby(chosen, key=lambda clip: clip.uid)]
@@ -392,7 +388,8 @@ def pack(args, chosen, dropped):
         write_whole(args.out / "choice.json", json.dumps(count_dropped(dropped), indent=1).encode())
     jobs = make_jobs(chosen, **options_of(args))
     ours = jobs[number - 1::shares]
-    pack_missing(ours, args.out, args.workers)
+    clips.make_shards(pack_shard, [(job.index, len(job.clips), job) for job in ours], args.out, args.workers,
+                      unit="clip", desc=str(args.out))
     lost = {job.index: load_log(job)["lost"] for job in ours}
     print_lost([each for some in lost.values() for each in some])
     print_again(args.out, [index for index, some in lost.items() if some])
@@ -405,24 +402,13 @@ def pack(args, chosen, dropped):
     report(args.out, jobs, wall=time.time() - begin)
 
 
-def pack_missing(jobs, out, workers):
-    """Make those of the shards that are not there yet, with a progress bar."""
-    todo = [job for job in jobs if not clips.shard_is_done(out, job.index)]
-    total, left = (sum(len(job.clips) for job in some) for some in (jobs, todo))
-    # Clips count when their shard is done, and the rate is the whole run's mean: the time left is no guess.
-    with tqdm(total=total, initial=total - left, unit="clip", desc=str(out), smoothing=0) as bar:
-        for count in in_pool(pack_shard, todo, min(workers, max(1, len(todo)))):
-            bar.update(count)
-
-
 def options_of(args):
     """Return what a Job must know of the command line."""
     folder, suffix = (args.videos, "") if args.videos else (args.dataset / args.folder, ".mp4")
     return dict(out=args.out, folder=folder, suffix=suffix, crop=args.crop)
 
 
-# ------------------------------------------------------------------------------------ reports
-
+# --------------------------------------------------------------------------------------------- reports
 def log_path(job):
     return job.out / f"{job.index:05d}.json"
 
@@ -547,7 +533,6 @@ def noting(problems):
 
 
 # ------------------------------------------------------------------------------------ the command line
-
 def choose_clips(args):
     """Return the clips to pack, by video and time, and how many were dropped: {(reason, uid): count}."""
     dropped = collections.Counter()

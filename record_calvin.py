@@ -23,18 +23,17 @@ import sys
 from collections import Counter, namedtuple
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 from tqdm import tqdm
 
 from nanogr import clips
 from nanogr.common import Parser, UserError, cores, nearest, parse_part, quiet, run_script, write_whole
+from nanogr.pictures import write_sheet
 from nanogr.worlds import calvin
 from nanogr.worlds import expert as experts
 
 
-# ------------------------------------------------------------------------------------------------------------
-# play
-
+# ------------------------------------------------------------------------------------------------ play
 def start_play(world, seed):
     """Put the world into a state to play from. In scene D it is like one of evaluation's, with the blocks a
     bit aside and turned otherwise; in the others calvin_env's own reset draws blocks, we draw fixtures."""
@@ -112,9 +111,7 @@ def measure(scene, seed, n):
     return tried
 
 
-# ------------------------------------------------------------------------------------------------------------
-# recording
-
+# ------------------------------------------------------------------------------------------- recording
 SIZES = [200, 84]              # sides of CALVIN's pictures [pixels]
 SESSIONS = 400                 # of play for a shard at most; a task that is still lacking then is reported
 
@@ -329,10 +326,8 @@ def finish_calvin(out):
     print(f"{out}: {len(segments)} demonstrations, {(np.diff(pairs) + 1).sum()} frames")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# looking
-
-MOMENTS, SIDE = 6, 100                                         # pictures of a demonstration, their side
+# --------------------------------------------------------------------------------------------- looking
+MOMENTS = 6                    # pictures of a demonstration
 
 
 def examples(args):
@@ -352,25 +347,7 @@ def examples(args):
     return found
 
 
-def contact_sheet(path, found):
-    """Write a PNG: a row of pictures for each task, its name above them, two tasks beside each other."""
-    wide, high = MOMENTS * SIDE + 12, SIDE + 18
-    sheet = Image.new("RGB", (2 * wide, -(-len(found) // 2) * high), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, (task, pictures) in enumerate(sorted(found.items())):
-        left, top = i % 2 * wide, i // 2 * high
-        pen.text((left + 2, top + 3), task, "black")
-        for k, picture in enumerate(pictures):
-            sheet.paste(Image.fromarray(picture).resize((SIDE, SIDE)), (left + k * SIDE, top + 16))
-    file = io.BytesIO()
-    sheet.save(file, "PNG")
-    write_whole(pathlib.Path(path), file.getvalue())
-    print(f"wrote {path}")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# processes, checks, main
-
+# ----------------------------------------------------------------------------- processes, checks, main
 def answer(connection, function, job):
     connection.send(function(*job))
 
@@ -473,7 +450,8 @@ def record_all(args):
     else:
         clips.write_meta(args.out, "calvin expert", fps=calvin.FPS, command=shlex.join(sys.argv))
         print("\n".join(clips.summary(args.out)))
-    contact_sheet(home(args) / "sheet.png", examples(args))
+    write_sheet(home(args) / "sheet.png", sorted(examples(args).items()), side=100)
+    print(f"wrote {home(args) / 'sheet.png'}")
 
 
 def parse():

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import model as gr1
-import train
 from nanogr import bench, encoders, policy
 from tests.helpers import (CAMERAS, GATES, Recorded, golden_config, golden_file, random_window, refused,
                            run, same, small_config, small_model)
@@ -98,18 +97,19 @@ def test_video_at_asks_for_less(gate):
     assert everything["arm"].shape == (2, 4, 2, 6) and everything["rgb_static"].shape == (2, 4, 4, 768)
 
 
-def test_fast_trunk_equals_the_naive_one():
-    """Catches a shortcut that is not exact, in values or gradients, and any token that looks ahead."""
-    trunk = small_model().double().trunk
-    trunk.unused_wte.requires_grad_(False)
-    context, queries = (torch.randn(2, n, 32, dtype=torch.double, requires_grad=True) for n in (40, 36))
-    mask, weights = torch.tensor([[True] * 4, [True] * 3 + [False]]), torch.randn_like(queries)
-    tokens, at = context.unflatten(1, (4, 10)), torch.arange(4).repeat_interleave(9)
-    results = []
-    for out in trunk(tokens, queries, at, mask), bench.naive_trunk(trunk, tokens, queries, at, mask):
-        leaves = [context, queries, *(p for p in trunk.parameters() if p.requires_grad)]
-        results.append([out, *torch.autograd.grad((out * weights).sum(), leaves, retain_graph=True)])
-    assert all(torch.allclose(a, b, rtol=0, atol=1e-10) for a, b in zip(*results, strict=True))
+def test_windows_may_share_frames():
+    """Catches frames that windows share but that are given to another window, or to another of its steps."""
+    model = small_model(norm_pixels=False, copy_gate=True)
+    pixels, sentences, robot_obs = random_window(model.config, batch=6)
+    runs = {c: torch.cat([x[:3], x[3:]], 1)[:, :6] for c, x in pixels.items()}           # three of six frames
+    starts = torch.tensor([0, 2, 1, 1, 0, 2])                                            # two windows of each
+    frame_at = (starts + 6 * torch.arange(3).repeat_interleave(2))[:, None] + torch.arange(4)
+    apart = {c: torch.stack([x[i // 2, start:start + 4] for i, start in enumerate(starts.tolist())])
+             for c, x in runs.items()}
+    at = torch.tensor([3, 1])
+    shared = model(runs, sentences, robot_obs, video_at=at, frame_at=frame_at)
+    for name, value in model(apart, sentences, robot_obs, video_at=at).items():
+        assert same(shared[name], value, 1e-5), name
 
 
 def test_pixels_and_patches_by_hand():
@@ -141,6 +141,39 @@ def test_the_resampler_is_the_plain_one():
         (out * wanted).sum().backward()
         results.append([out, *(x.grad for x in given), *(p.grad.clone() for p in layer.parameters())])
     assert all(same(a, b, 1e-4) for a, b in zip(*results))
+
+
+def test_fast_trunk_equals_the_naive_one():
+    """Catches a shortcut that is not exact, in values or gradients, and any token that looks ahead."""
+    trunk = small_model().double().trunk
+    trunk.unused_wte.requires_grad_(False)
+    context, queries = (torch.randn(2, n, 32, dtype=torch.double, requires_grad=True) for n in (40, 36))
+    mask, weights = torch.tensor([[True] * 4, [True] * 3 + [False]]), torch.randn_like(queries)
+    tokens, at = context.unflatten(1, (4, 10)), torch.arange(4).repeat_interleave(9)
+    results = []
+    for out in trunk(tokens, queries, at, mask), bench.naive_trunk(trunk, tokens, queries, at, mask):
+        leaves = [context, queries, *(p for p in trunk.parameters() if p.requires_grad)]
+        results.append([out, *torch.autograd.grad((out * weights).sum(), leaves, retain_graph=True)])
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-10) for a, b in zip(*results, strict=True))
+
+
+def test_copy_gate_keeps_the_present_frame():
+    """Catches a gate that mixes up pixels, channels or timesteps, or that lets the future frame through."""
+    model = small_model(norm_pixels=False, copy_gate=True)
+    pixels, *inputs = random_window(model.config)
+    with torch.no_grad():
+        model.video_head.pixels.bias[768:], model.video_head.pixels.weight[:] = 50, 0
+        kept = model(pixels, *inputs, video_at=torch.tensor([2, 1]))
+        assert all(same(kept[c], gr1.patchify(pixels[c][:, [2, 1]], 16), 1e-5) for c in CAMERAS)
+        one = 16 * 5 + 7                                       # a pixel of each patch: row 5, column 7
+        model.video_head.pixels.bias[768 + one] = -50
+        model.video_head.pixels.bias[:768] = torch.arange(768.)
+        painted = policy.unpatchify(model(pixels, *inputs)["rgb_static"], 16)
+    colour = torch.arange(3 * one, 3 * one + 3.0)[:, None, None]
+    assert same(painted[..., 5::16, 7::16], colour.expand(3, 2, 2), 1e-3)
+    painted[..., 5::16, 7::16] = pixels["rgb_static"][..., 5::16, 7::16]
+    assert same(painted, pixels["rgb_static"], 1e-5)
+    assert refused("needs norm_pixels false", small_config, copy_gate=True)
 
 
 def by_hand(out, batch, pixels, config, video_at):
@@ -180,7 +213,8 @@ def test_losses_by_hand(video_at, norm_pixels):
     assert all(abs(losses[name].item() - expected[name]) < 1e-4 for name in losses)
     nothing = batch | {key: torch.zeros_like(batch[key]) for key in ("action_mask", "future_mask")}
     assert all(value == 0 for value in gr1.losses(out, nothing, pixels, config).values())
-    counts, few = train.count_targets(batch), torch.tensor([0.5, 0.5])     # one known target in two parts
+    counts = batch["action_mask"].sum(), batch["future_mask"][:, at].sum()
+    few = torch.tensor([0.5, 0.5])                              # one known target in two parts of a batch
     for name, value in gr1.losses(out, batch, pixels, config, few).items():
         assert same(value * 0.5, losses[name] * counts[0 if name in ("arm", "gripper") else 1], 1e-3)
 
@@ -193,25 +227,6 @@ def test_total_loss_by_hand():
     assert gr1.total_loss(dict(rgb_static=5.0), video=2) == 10
 
 
-def test_copy_gate_keeps_the_present_frame():
-    """Catches a gate that mixes up pixels, channels or timesteps, or that lets the future frame through."""
-    model = small_model(norm_pixels=False, copy_gate=True)
-    pixels, *inputs = random_window(model.config)
-    with torch.no_grad():
-        model.video_head.pixels.bias[768:], model.video_head.pixels.weight[:] = 50, 0
-        kept = model(pixels, *inputs, video_at=torch.tensor([2, 1]))
-        assert all(same(kept[c], gr1.patchify(pixels[c][:, [2, 1]], 16), 1e-5) for c in CAMERAS)
-        one = 16 * 5 + 7                                       # a pixel of each patch: row 5, column 7
-        model.video_head.pixels.bias[768 + one] = -50
-        model.video_head.pixels.bias[:768] = torch.arange(768.)
-        painted = policy.unpatchify(model(pixels, *inputs)["rgb_static"], 16)
-    colour = torch.arange(3 * one, 3 * one + 3.0)[:, None, None]
-    assert same(painted[..., 5::16, 7::16], colour.expand(3, 2, 2), 1e-3)
-    painted[..., 5::16, 7::16] = pixels["rgb_static"][..., 5::16, 7::16]
-    assert same(painted, pixels["rgb_static"], 1e-5)
-    assert refused("needs norm_pixels false", small_config, copy_gate=True)
-
-
 @pytest.mark.parametrize("robot", [False, True])
 def test_one_batch_is_learned(robot):
     """Catches a part that is cut off from the loss: either stage must learn one batch by heart."""
@@ -219,17 +234,16 @@ def test_one_batch_is_learned(robot):
     model, config = small_model(**changes).train(), small_config(**changes)
     slopes = torch.rand(4, config.window + config.future, 2, 3, 1, 1)
     ramps = slopes[:, :, 0] * torch.arange(32) + slopes[:, :, 1] * torch.arange(32)[:, None]
-    batch = dict(frames={c: (ramps * 4).byte() for c in config.cameras}, sentences=["a", "b", "c", "d"],
-                 mask=torch.ones(4, 4, dtype=bool), future_mask=torch.ones(4, 4, dtype=bool),
-                 video_at=torch.arange(4))
+    pixels = {c: gr1.to_pixels((ramps * 4).byte(), side) for c, side in config.cameras.items()}
+    seen = {c: x[:, :config.window] for c, x in pixels.items()}
+    batch = dict(future_mask=torch.ones(4, 4, dtype=bool), video_at=torch.arange(4))
     if robot:
         actions = torch.rand(4, 4, 1, 7) - 0.5
         batch |= dict(rel_actions=torch.cat([actions[..., :6], actions[..., 6:].sign()], -1),
                       robot_obs=torch.randn(4, 4, 15), action_mask=torch.ones(4, 4, 1, dtype=bool))
     optimizer, history = torch.optim.AdamW(model.parameters(), 4e-3, weight_decay=0), []
     for _ in range(150):
-        pixels = train.see(batch, config)
-        out = train.predict(model, config, batch, pixels)
+        out = model(seen, ["a", "b", "c", "d"], batch.get("robot_obs"))
         losses = gr1.losses(out, batch, pixels, config)
         history.append({name: value.item() for name, value in losses.items()})
         sum(losses.values()).backward()
@@ -291,3 +305,23 @@ def test_parity_with_the_official_model(tmp_path, capsys, cameras, robot, steps)
                         ("obs_preds", out["rgb_static"]), ("obs_hand_preds", out["rgb_gripper"]),
                         ("obs_targets", targets[0]), ("obs_hand_targets", targets[1])):
         assert same(value, tensors[f"out/{name}"][:, :steps], 1e-4), name
+
+
+def test_settings_that_fail():
+    """Catches a misspelt or impossible setting that is ignored, or that fails in torch's words."""
+    for words, changes in (
+            ("unknown config key 'widht', did you mean 'width'", dict(widht=3)),
+            ("'width' must be int, got '32'", dict(width="32")), ("'robot' must be bool", dict(robot=1)),
+            ("'window' must be at least 1, got 0", dict(window=0)),
+            ("'future' must be at least 0, got -1", dict(future=-1)),
+            ("'dropout' must be from 0 to below 1", dict(dropout=1.0)),
+            ("width 33 must be a multiple of heads", dict(width=33)),
+            ("width 30 must be a multiple of heads 3", dict(width=30, heads=3, decoder_heads=3)),
+            ("'cameras' must name a camera", dict(cameras={})),
+            ("rgb_static .33 px. does not divide into patches of 16", dict(cameras=dict(rgb_static=33))),
+            ("it needs norm_pixels false", dict(copy_gate=True))):
+        assert refused(words, small_config, **changes), changes
+    assert small_config(dropout=0).dropout == 0 and small_config(future=0).future == 0
+    assert refused("unknown preset 'grl', did you mean 'gr1'.*tiny", gr1.preset_config, "grl")
+    for changes in dict(robot=True), dict(video=False):
+        assert refused("no robot and always predicts video", gr1.preset_config, "gr1", "pretrain", **changes)

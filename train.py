@@ -105,7 +105,7 @@ PRESETS = {
     ("tiny", "pretrain"): dict(batch=16, lr=2e-3, steps=1500, warmup=0.05, beta2=0.95, weight_decay=0.01,
                                shift=0, video_steps=0, video_weight=1, fresh="none"),
     # All before [OBS] starts anew: minutes of video teach it to see what moves and to overlook the sentence,
-    # which takes longer to mend than to learn (README, "What the tiny preset does differently").
+    # which takes longer to mend than to learn (docs/log.md).
     ("tiny", "finetune"): dict(batch=32, lr=2e-3, steps=6000, warmup=0.02, beta2=0.95, weight_decay=0.01,
                                shift=0, video_steps=1, video_weight=1,
                                fresh="trunk,vision,resampler,embed_language,embed_latents,embed_cls"),

@@ -16,7 +16,7 @@ import pytest
 
 def pytest_addoption(parser):
     parser.addoption("--solutions", action="store_true", help="grade course/solutions.py, not exercises.py")
-    parser.addoption("--lessons", action="store_true", help="run every lesson's command: about 15 minutes")
+    parser.addoption("--lessons", action="store_true", help="run every lesson's command: 5 to 15 minutes")
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,13 @@
 """
 Your turn: five parts of GR-1 to write. `pytest course/test_exercises.py` grades them against model.py.
 
-Each function says what it takes and returns. Replace its `raise` by your lines; between two and eight will
-do. Look at model.py afterwards, not before. One answer to each is in course/solutions.py.
+Each function says what it takes and returns. Replace its `raise` by your lines; two to twelve will do.
+Look at model.py afterwards, not before. One answer to each is in course/solutions.py.
 """
+import numpy as np                                       # noqa: F401
 import torch                                             # what you will need most
-import torch.nn.functional as F
 
-from model import attend, patchify, to_pixels            # small parts that you may use
+from model import attend, patchify, to_pixels            # noqa: F401    small parts that you may use
 
 
 def todo(what):

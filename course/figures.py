@@ -20,9 +20,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 import lab
 from eval_calvin import wilson
-from model import GR1, attention_mask, imagenet, preset_config, to_pixels, token_table, video_target
+from model import GR1, attention_mask, preset_config, to_pixels, token_table, video_target
 from nanogr import clips
-from nanogr.policy import to_images, unpatchify
+from nanogr.policy import unpatchify
 from nanogr.worlds import tabletop
 
 OUT = ROOT / "course/figures"

@@ -4,7 +4,7 @@ Run the lessons' commands as their texts have them: `python course/run_lessons.p
 Prints of each lesson the time and the figures that it names, and whether they lie in their bands. In a
 lesson's text the block ```sh is its command, and a band is the comment <!-- expect: NAME LOW HIGH -->. NAME
 stands in the command's output; the first number after it is the figure. Writes what the lessons write, into
-data/course, data/course-videos, out/lesson4, out/lesson5, out/lesson8. All eight: about 15 minutes.
+data/course, data/course-videos, out/lesson4, out/lesson5, out/lesson8. All eight: 5 to 15 minutes.
 """
 import os
 import pathlib

@@ -6,9 +6,14 @@ import re
 import subprocess
 import sys
 
+import figures
+import numpy as np
 import pytest
-import run_lessons
+import your_robot
+from PIL import Image
 from run_lessons import ROOT, figure, inside, lessons, read, run
+
+from nanogr import clips
 
 CHEAP = [2, 3, 6, 7]
 COURSE = ROOT / "course"
@@ -47,16 +52,14 @@ def test_links():
             assert (path.parent / target).exists(), (path, target)
         for name in re.findall(r"(?<![\w/.-])((?:nanogr|course|tests|docs)/[\w/]+\.\w+)", text):
             assert (ROOT / name).exists(), (path, name)
-    figures = list((COURSE / "figures").glob("*.png"))
+    pictures = list((COURSE / "figures").glob("*.png"))
     texts = "".join(path.read_text() for path in COURSE.glob("*.md"))
-    assert figures and sum(path.stat().st_size for path in figures) < 600_000
-    assert all(f"figures/{path.name}" in texts for path in figures)
+    assert pictures and sum(path.stat().st_size for path in pictures) < 600_000
+    assert all(f"figures/{path.name}" in texts for path in pictures)
 
 
 def test_figures_are_drawn(tmp_path, monkeypatch):
     """Catches a drawing that the code has outgrown: another number of tokens makes another size."""
-    import figures
-    from PIL import Image
     monkeypatch.setattr(figures, "OUT", tmp_path)
     for name in "model", "mask", "window":
         figures.FIGURES[name]()
@@ -88,9 +91,6 @@ def test_your_robot(tmp_path):
 
 def test_packed_actions_lead_to_the_next_pose(tmp_path):
     """Catches an action a step late, a scale turned upside down, a turn the long way round."""
-    import numpy as np
-    import your_robot
-    from nanogr import clips
     your_robot.pack(tmp_path)
     states, actions = clips.Clips(tmp_path).rows(2)
     reached = states[:-1, :3] + actions[:-1, :3] * your_robot.METRES

@@ -43,17 +43,17 @@ import zlib
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image, ImageDraw
+from tqdm import tqdm
 
-from nanogr.common import Parser, UserError, check_same, run_script, temp_path, write_whole
+from nanogr.common import Parser, UserError, check_same, in_pool, run_script, temp_path, write_whole
+from nanogr.pictures import write_sheet
 
 FORMAT_VERSION = 1
 OBS_DIM, ACTION_DIM = 15, 7
 KEYS = "offsets bounds sentences tasks episodes crc32 cameras sizes robot_obs rel_actions".split()
 
 
-# Writing
-
+# --------------------------------------------------------------------------------------------- writing
 def shard_is_done(directory, index):
     """True if shard `index` was written to its end."""
     return (pathlib.Path(directory) / f"{index:05d}.npz").exists()
@@ -158,6 +158,19 @@ def claim(directory, **recipe):
     check_same(json.loads(path.read_text()), recipe, directory, ": delete it or choose another")
 
 
+def make_shards(make, jobs, directory, workers, **bar):
+    """Call make(job), which returns how many clips that settles, for each of `jobs`, (shard, clips, job),
+    whose shard is not in `directory` yet: on `workers` processes, with a progress bar over all clips.
+    """
+    todo = [job for shard, _, job in jobs if not shard_is_done(directory, shard)]
+    total = sum(count for _, count, _ in jobs)
+    left = sum(count for shard, count, _ in jobs if not shard_is_done(directory, shard))
+    # Clips count when their shard is done, and the rate is the whole run's mean: the time left is no guess.
+    with tqdm(total=total, initial=total - left, smoothing=0, **bar) as bar:
+        for count in in_pool(make, todo, min(workers, max(1, len(todo)))):
+            bar.update(count)
+
+
 def write_meta(directory, source, fps, command, **extra):
     """Count what the shards hold and write meta.json, which makes them a data set; call it when all are done.
 
@@ -185,8 +198,7 @@ def write_meta(directory, source, fps, command, **extra):
             stale.unlink(missing_ok=True)
 
 
-# Reading
-
+# --------------------------------------------------------------------------------------------- reading
 def load_shard(directory, index):
     """Return the arrays of one npz; UserError unless they fit each other and the size of the bin."""
     npz, again = pathlib.Path(directory) / f"{index:05d}.npz", f"run the command that made {directory} again"
@@ -212,7 +224,7 @@ def load_shard(directory, index):
 def load_meta(directory):
     """Return what DIR/meta.json holds; UserError, with what to do, if it is not there or not ours."""
     path = pathlib.Path(directory) / "meta.json"
-    makers = "tabletop.py and the prepare_*.py make one"
+    makers = "nanogr.worlds.tabletop and the prepare_*.py make one"
     if not path.parent.is_dir():
         raise UserError(f"{directory}: no such directory; it should be a data set: {makers}")
     if not path.exists() and any(path.parent.glob("*.npz")):
@@ -431,23 +443,15 @@ class Windows(torch.utils.data.Dataset):
                     rel_actions=np.where(known[..., None], rel_actions, np.float32(0)))
 
 
-def contact_sheet(clips, path, count=8, steps=10, side=112, line=18):
+def contact_sheet(clips, path, count=8, steps=10):
     """Write a PNG: `count` clips drawn from all, a row each: the sentence above the first camera's frames."""
     some = sorted(random.Random(0).sample(range(len(clips)), min(count, len(clips))))
-    sheet = Image.new("RGB", (side * steps, (side + line) * len(some)), "white")
-    for top, i in zip(range(0, sheet.height, side + line), some):
-        sentence = clips.sentences[i].encode("ascii", "replace").decode()        # what any font can write
-        ImageDraw.Draw(sheet).text((4, top + 3), sentence, "black")
-        frames, = clips.read(i, 0, steps, list(clips.cameras)[:1])["frames"].values()
-        for column, image in enumerate(frames):
-            sheet.paste(Image.fromarray(image).resize((side, side)), (column * side, top + line))
-    content = io.BytesIO()
-    sheet.save(content, "PNG")
-    write_whole(path, content.getvalue())
+    camera = list(clips.cameras)[0]
+    shown = [clips.read(i, 0, steps, [camera])["frames"][camera] for i in some]
+    write_sheet(path, [(clips.sentences[i], frames) for i, frames in zip(some, shown)], side=112)
 
 
-# Checking
-
+# -------------------------------------------------------------------------------------------- checking
 def check_shard(directory, index):
     """Return the problems in one shard's bytes: crc of each clip, first and last mark of each JPEG."""
     try:

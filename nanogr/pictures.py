@@ -52,6 +52,20 @@ def page(caption, heads, groups):
     return picture
 
 
+def write_sheet(path, rows, side, line=18):
+    """Write a PNG: a row for each (label, images), images of `side` px below their label."""
+    width = side * max(len(images) for _, images in rows)
+    sheet = Image.new("RGB", (width, (side + line) * len(rows)), "white")
+    for top, (label, images) in zip(range(0, sheet.height, side + line), rows):
+        label = label.encode("ascii", "replace").decode()                        # what any font can write
+        ImageDraw.Draw(sheet).text((4, top + 3), label, "black")
+        for column, image in enumerate(images):
+            sheet.paste(Image.fromarray(image).resize((side, side)), (column * side, top + line))
+    content = io.BytesIO()
+    sheet.save(content, "PNG")
+    write_whole(path, content.getvalue())
+
+
 def write_gif(path, pages):
     # One palette for all pages: they don't flicker, and what stays still takes no bytes. Pillow's usual one
     # would fade what is small and bright, the blocks; "maximum coverage" keeps it.

@@ -4,7 +4,6 @@ import re
 import signal
 from unittest import mock
 
-
 import train
 from nanogr import bench
 from tests.helpers import SIZES, run, small_config

@@ -1,7 +1,6 @@
 """README, docs/ and course/ tell the truth about files, flags and lines."""
 import re
 
-
 from tests.helpers import ROOT, run
 
 

@@ -1,5 +1,4 @@
 """nanogr/encoders.py: keypoints, sentences."""
-
 from unittest import mock
 
 import torch

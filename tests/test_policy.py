@@ -1,5 +1,4 @@
 """nanogr/policy.py: acting equals the full forward; what is drawn of the foreseen."""
-
 import numpy as np
 import pytest
 import torch

@@ -1,9 +1,9 @@
 """Training is the same as before the code was moved into rooms: the same losses from the same seed.
 
 tests/fixtures/same_losses.json holds what the code of commit ac992d3, the last with everything in one folder,
-logged for the two runs below: its train.py was given these very flags, and the clips that its tabletop makes
-when it is asked for what the fixture tabletop_data asks for. Made on a CPU, with torch 2.14, in float32; other
-numbers of threads and other vector instructions move the figures by 3e-7 of themselves.
+logged for the two runs below: its train.py was given these very flags, and clips that its tabletop made when
+asked for what the fixture tabletop_data asks for. Made on a CPU, with torch 2.14, in float32; another number
+of threads and other vector instructions move the figures by 3e-7 of themselves.
 """
 import json
 
@@ -19,11 +19,12 @@ def test_training_is_the_same_as_before(tabletop_data, tmp_path):
     golden = json.loads((ROOT / "tests/fixtures/same_losses.json").read_text())
     flags = ["--steps", 4, "--batch", 8, "--eval-every", 4, "--shift", 0.1, "--video-steps", 2]
     shared = ["--windows-per-clip", 2, "--accumulate", 2, "--init", tmp_path / "pretrain"]
-    for command in (training("pretrain", tabletop_data / "videos", tmp_path / "pretrain", *flags, future=1),
-                    training("finetune", tabletop_data / "demonstrations", tmp_path / "finetune", *flags, *shared,
-                             chunk=2)):
-        status, text = run(*command)
-        assert status == 0, text
+    status, text = run(*training("pretrain", tabletop_data / "videos", tmp_path / "pretrain",
+                                 *flags, future=1))
+    assert status == 0, text
+    status, text = run(*training("finetune", tabletop_data / "demonstrations", tmp_path / "finetune",
+                                 *flags, *shared, chunk=2))
+    assert status == 0, text
     for stage, figures in golden.items():
         for name, before in figures.items():
             assert list(read_log(tmp_path / stage, name).values()) == pytest.approx(before, rel=1e-4), name

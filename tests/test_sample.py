@@ -1,5 +1,4 @@
 """sample.py: it shows the model's predictions."""
-
 import pytest
 import torch
 

@@ -33,6 +33,17 @@ def test_shift_is_one_for_a_window():
     assert torch.equal(shifted[:, :, 2], frames[:, :, 2])
 
 
+def test_targets_are_counted_where_they_are_asked_for():
+    """Catches a mean that is divided by steps at which no future frame was asked for, or by padding."""
+    batch = dict(future_mask=torch.rand(3, 4) < 0.7, action_mask=torch.rand(3, 4, 2) < 0.6)
+    for at in [0, 1, 2, 3], [3, 0], [1]:
+        batch["video_at"] = torch.tensor(at)
+        counts = batch["action_mask"].sum(), batch["future_mask"][:, at].sum()
+        assert train.count_targets(batch).tolist() == [float(count) for count in counts]
+    del batch["action_mask"]                                                  # pre-training
+    assert train.count_targets(batch).tolist() == [0, batch["future_mask"][:, 1].sum()]
+
+
 def test_finetuning_starts_from_pretraining(checkpoints, tabletop_data, tmp_path):
     """Catches pre-trained weights that are skipped, or kept in spite of --fresh; a missing log."""
     before = weights.read_weights(checkpoints / "pretrain/model.safetensors")

@@ -160,10 +160,13 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(weights, "save_file", full)
-    with pytest.raises(OSError, match="cannot write.*No space left.*whole"):
+    with pytest.raises(OSError, match="cannot write.*No space left.*whole") as error:
         weights.save_checkpoint(tmp_path, model)
+    assert "\n" not in str(error.value)
     assert (tmp_path / "model.safetensors").read_bytes() == before
     assert not list(tmp_path.glob("*.tmp"))
     monkeypatch.setattr(weights, "save_file", mock.Mock(side_effect=OSError))      # an error without words
     with pytest.raises(OSError, match="cannot write.*OSError.*whole"):
         weights.save_checkpoint(tmp_path, model)
+    with pytest.raises(OSError, match="cannot write.*new/model.safetensors .OSError.$"):     # none was there
+        weights.save_checkpoint(tmp_path / "new", model)

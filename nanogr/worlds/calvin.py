@@ -30,9 +30,9 @@ import time
 from collections import Counter
 
 import numpy as np
-from PIL import Image
 
 from nanogr.common import Parser, UserError, run_script
+from nanogr.pictures import write_sheet
 
 HERE = pathlib.Path(__file__).resolve().parent
 FIXED = "797142c588c21e76717268b7b430958dbd13bf48"        # the commit that mends the button
@@ -42,9 +42,7 @@ EGL = ("Without a GPU: apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri; or 
        "scores differ")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# tasks and sentences
-
+# --------------------------------------------------------------------------------- tasks and sentences
 BLOCKS = ("red", "blue", "pink")                          # in the order of scene_obs
 
 
@@ -193,9 +191,7 @@ def load_chains():
     return [(state, [NAMES[task] for task in tasks]) for state, *tasks in read_chains().tolist()]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# initial states
-
+# -------------------------------------------------------------------------------------- initial states
 HOME = np.array([0.02586889, -0.2313129, 0.5712808, 3.09045411, -0.02908596, 1.50013585, 0.07999963,
                  -1.21779124, 1.03987629, 2.11978254, -2.34205014, -0.87015899, 1.64119093, 0.55344928, 1.0])
 SHELF = dict(slider_left=(-2.40851662e-01, 9.24044687e-02, 4.60990009e-01),
@@ -259,9 +255,7 @@ def draw_chain(scene, number):
     return *initial_state(initial_conditions()[condition]), tasks
 
 
-# ------------------------------------------------------------------------------------------------------------
-# the simulator
-
+# --------------------------------------------------------------------------------------- the simulator
 @contextlib.contextmanager
 def silence(descriptor):
     """Drop what is written to a file descriptor: C code prints past sys.stdout and sys.stderr."""
@@ -448,10 +442,7 @@ def main():
           f"{render:.0f} ms")
     if args.out and world.cameras:
         os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-        sheet = Image.new("RGB", (284, 200))
-        sheet.paste(Image.fromarray(seen["rgb_static"]))
-        sheet.paste(Image.fromarray(seen["rgb_gripper"]), (200, 0))
-        sheet.save(args.out)
+        write_sheet(args.out, [("both cameras", [seen["rgb_static"], seen["rgb_gripper"]])], side=200)
         print(f"wrote {args.out}")
 
 

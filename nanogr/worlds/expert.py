@@ -31,9 +31,7 @@ FULL_HANDS = ("place_in_drawer", "place_in_slider", "stack_block")     # they st
 WHERE = dict(table="table", floor="table", drawer="drawer", left="slider", right="slider")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# what the expert knows
-
+# ------------------------------------------------------------------------------- what the expert knows
 Fixtures = namedtuple("Fixtures", "button switch_x handle_x door_travel drawer_x shelf_x sizes")
 
 
@@ -413,9 +411,7 @@ class Expert:
             yield from self.attempt(task)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# which tasks make sense
-
+# ------------------------------------------------------------------------------ which tasks make sense
 def accessible(expert, side):
     """Whether the door leaves this side of the cabinet open."""
     state, travel = expert.door("slide"), expert.fixtures.door_travel

@@ -13,16 +13,15 @@ Reads nothing; writes packed clips (see clips.py). In order: the world, its pict
 oracle, the demonstrator, data sets. Lengths are metres: x to the right, y away from the viewer, z up.
 """
 import functools
-import multiprocessing
-import os
+import pathlib
 from collections import Counter, namedtuple
 
 import numpy as np
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 from nanogr import clips
 from nanogr.common import Parser, cores, run_script
+from nanogr.pictures import enlarge, write_sheet
 
 # Actions are CALVIN's rel_actions. CALVIN runs at 30 Hz; here one step holds the action for two of its ticks.
 METRES_PER_TICK, RADIANS_PER_TICK = 1 / 50, 1 / 20    # moved by an action of 1
@@ -239,9 +238,7 @@ class Tabletop:
             settled.append(i)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# pictures: an oblique view from the front, drawn at twice the size; the gripper's is a crop of the large one
-
+#  pictures: an oblique view from the front, drawn at twice the size; the gripper's is a crop of the large one
 VIEW = 0.70                                                           # metres across the picture
 COLOURS = dict(red=(214, 36, 36), blue=(40, 76, 220), pink=(246, 136, 200))
 GREY, DARK, AMBER = (226, 228, 232), (38, 36, 36), (240, 168, 32)
@@ -403,76 +400,20 @@ def _draw_hand(canvas, world):
         canvas.pen.line((*knuckle, *tip), fill=(214, 154, 118), width=int(.020 * k))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# tasks: one row a task; `skill` is how it's done, `what` it's done to, `sign` which way
-
+# -------------- tasks: one row a task; `skill` is how it's done, `what` it's done to, `sign` which way
 Task = namedtuple("Task", "skill what sign instructions narrations")
 
 
 def _table():
-    """{name: Task}: CALVIN's names; instructions are for the robot, narrations for the videos, as Ego4D's."""
-    rows = {}
-
-    def add(name, skill, what, sign, instructions, narrations):
-        rows[name] = Task(skill, what, sign, instructions.split(" | "), narrations.split(" | "))
-
-    add("open_drawer", "slide", "drawer", 1,
-        "open the drawer | pull the handle to open the drawer | pull the drawer open | go open the drawer",
-        "opens the drawer | pulls out the drawer | the person opens the drawer"
-        " | pulls the drawer towards himself")
-    add("close_drawer", "slide", "drawer", -1,
-        "close the drawer | push the handle to close the drawer | push the drawer shut | shut the drawer",
-        "closes the drawer | pushes in the drawer | the person shuts the drawer | slides the drawer shut")
-    for side, sign in (("left", -1), ("right", 1)):
-        add(f"move_slider_{side}", "slide", "door", sign,
-            f"move the door to the {side} | slide the door {side} | push the sliding door to the {side} side"
-            f" | grasp the door handle and slide the door to the {side}",
-            f"slides the door to the {side} | moves the sliding door {side}"
-            f" | the person drags the door {side} | pushes the door towards the {side}")
-    for on, sign, way in (("on", 1, "up"), ("off", -1, "down")):
-        add(f"turn_{on}_led", "press", "led", sign,
-            f"turn {on} the led | press the button to turn {on} the green light | turn {on} the green light"
-            f" | push the button to turn {on} the led",
-            f"turns {on} the green lamp | presses the button and the green lamp goes {on}"
-            f" | switches the led {on} | the person turns {on} the green light")
-        add(f"turn_{on}_lightbulb", "slide", "bulb", sign,
-            f"turn {on} the lightbulb | use the switch to turn {on} the yellow light"
-            f" | turn {on} the yellow lamp | move the switch {way} to turn {on} the light bulb",
-            f"turns {on} the bulb | pushes the switch {way} | switches the yellow light {on}"
-            f" | the person moves the light switch {way}")
-    for colour in BLOCKS:
-        add(f"lift_{colour}_block_table", "lift", colour, 0,
-            f"lift the {colour} block | grasp the {colour} block from the table | pick up the {colour} block"
-            f" | pick up the {colour} block from the table",
-            f"picks up the {colour} block | takes the {colour} block from the table"
-            f" | the person lifts the {colour} cube | raises the {colour} block with his hand")
-        add(f"lift_{colour}_block_drawer", "lift", colour, -1,
-            f"lift the {colour} block in the drawer | grasp the {colour} block lying in the drawer"
-            f" | pick up the {colour} block from the drawer | take the {colour} block out of the drawer",
-            f"takes the {colour} block out of the drawer | picks the {colour} block from the drawer"
-            f" | the person removes the {colour} cube from the drawer"
-            f" | lifts the {colour} block off the drawer")
-        for side, sign in (("left", -1), ("right", 1)):
-            add(f"push_{colour}_block_{side}", "push", colour, sign,
-                f"push the {colour} block to the {side} | slide the {colour} block {side}"
-                f" | push {side} the {colour} block | go push the {colour} block {side}",
-                f"pushes the {colour} block to the {side} | shoves the {colour} cube {side}"
-                f" | the person moves the {colour} block {side} | shifts the {colour} block to the {side}")
-    add("place_in_drawer", "place", "held", 0,
-        "place the block in the drawer | put the object in the drawer | store the block in the drawer"
-        " | go to the drawer and drop the block",
-        "puts the block in the drawer | drops the block into the drawer"
-        " | the person stores the cube in the drawer | lowers the block into the drawer")
-    add("stack_block", "stack", "held", 0,
-        "stack the blocks | put the grasped block on top of a block | stack the block on top of another block"
-        " | place the block on another block",
-        "stacks the blocks | puts the block on another block | the person piles up the cubes"
-        " | sets the block down on top of the other")
-    add("unstack_block", "unstack", "top", 0,
-        "unstack the blocks | take off the block on top of the other | remove the top block"
-        " | take down the stacked block",
-        "unstacks the blocks | takes the upper block off | the person takes the tower apart"
-        " | moves the top block down to the table")
+    """{name: Task} of tabletop_sentences.txt: CALVIN's names; instructions are for the robot, narrations for
+    the videos, as Ego4D's.
+    """
+    text, rows = pathlib.Path(__file__).with_name("tabletop_sentences.txt").read_text(), {}
+    for section in text.split("\n[")[1:]:
+        head, *sentences = section.strip().splitlines()
+        name, skill, what, sign = head.replace("]", "").split()
+        rows[name] = Task(skill, what, int(sign), [x for x in sentences if not x.startswith("- ")],
+                          [x.removeprefix("- ") for x in sentences if x.startswith("- ")])
     return rows
 
 
@@ -580,9 +521,7 @@ def success(task, start, now):
     return bool(not held and now["in_drawer" if spec.skill == "place" else "on_block"][i])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# the demonstrator
-
+# ------------------------------------------------------------------------------------ the demonstrator
 OPEN, CLOSE = 1.0, -1.0
 
 
@@ -788,9 +727,7 @@ def draw_start(scene, task, seed):
             return state
 
 
-# ------------------------------------------------------------------------------------------------------------
-# making data sets
-
+# ------------------------------------------------------------------------------------ making data sets
 SHARD, SESSION = 250, 12                                     # clips a shard, tasks a session
 
 
@@ -801,17 +738,8 @@ def make(kind, directory, n_clips=8000, scenes="ABCD", workers=None, seed=0, com
     jobs = [(kind, directory, i, scenes[i % len(scenes)], size, seed) for i, size in enumerate(sizes)]
     clips.claim(directory, kind=kind, clips=n_clips, scenes=scenes, seed=seed, shares=SHARES,
                 nudges=0 if kind == "videos" else NUDGES)
-    todo = [job for job in jobs if not clips.shard_is_done(directory, job[2])]
-    workers = min(workers or cores(), max(1, len(todo)))
-    there = n_clips - sum(job[4] for job in todo)
-    with tqdm(total=n_clips, initial=there, unit="clip", desc=f"tabletop {kind}") as bar:
-        if workers == 1:
-            for job in todo:
-                bar.update(make_shard(job))
-        else:
-            with multiprocessing.get_context("spawn").Pool(workers) as pool:
-                for n in pool.imap_unordered(make_shard, todo):
-                    bar.update(n)
+    clips.make_shards(make_shard, [(job[2], job[4], job) for job in jobs], directory, workers or cores(),
+                      unit="clip", desc=f"tabletop {kind}")
     clips.write_meta(directory, source=f"tabletop {kind}", fps=FPS, command=command)
 
 
@@ -845,10 +773,7 @@ def add_clip(shard, cameras, task, observations, actions, episode, video, rng):
               robot_obs=None if video else states, rel_actions=None if video else rows)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# measuring and looking
-
-
+# ------------------------------------------------------------------------------- measuring and looking
 def measure(scenes, episodes, seed):
     """Prints the demonstrator's success and mean length in play, every task at least `episodes` times."""
     rng, tried, done, steps, session = np.random.default_rng(seed), Counter(), Counter(), Counter(), 0
@@ -867,20 +792,18 @@ def measure(scenes, episodes, seed):
 
 
 def contact_sheet(path, scenes, seed):
-    """Writes a PNG, enlarged four times: a column a scene; static camera, gripper camera, a video's frame."""
-    sheet = Image.new("RGB", (268 * len(scenes) - 12, 256 + 128 + 256 + 24), "white")
+    """Write a PNG: a column a scene; static camera, gripper camera, a frame of a video."""
+    rows = [("static camera", []), ("gripper camera", []), ("a video", [])]
     for column, scene in enumerate(scenes):
         robot, person = Tabletop(scene, [seed, column]), Tabletop(scene, [seed, column], hand=True, pace=1.7)
         rng = np.random.default_rng([seed, column])
-        for world in (robot, person):
+        for world, places in (robot, rows[:2]), (person, rows[2:]):
             segment = list(play(world, rng, Counter(), 3))[-1][1]
             shown = segment[2 * len(segment) // 3]
-            for camera, top in (("rgb_static", 0 if world is robot else 408), ("rgb_gripper", 268)):
-                if shown[camera] is not None:
-                    picture = Image.fromarray(shown[camera])
-                    sheet.paste(picture.resize((picture.width * 4,) * 2, Image.NEAREST), (268 * column, top))
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    sheet.save(path)
+            for (_, images), camera in zip(places, ("rgb_static", "rgb_gripper")):
+                images.append(np.asarray(enlarge(shown[camera], 256)))
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_sheet(path, rows, side=256)
     print(f"wrote {path}")
 
 
