@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from nanogr import clips
-from nanogr.common import Parser, cores, run_script
+from nanogr.common import Parser, cores, nearest, run_script
 from nanogr.pictures import enlarge, write_sheet
 
 # Actions are CALVIN's rel_actions. CALVIN runs at 30 Hz; here one step holds the action for two of its ticks.
@@ -672,7 +672,7 @@ def perform(world, task, rng, render=True, limit=40, nudges=0.0):
     return observations, actions, done
 
 
-def play(world, rng, counts, n_tasks, render=True, nudges=0.0):
+def play(world, rng, counts, n_tasks, render=True, nudges=0.0, tasks=TASKS):
     """A session without resets: yields up to n_tasks (task, observations, actions, success), adds to counts.
 
     Tasks are drawn with the inverse square of count / share as weight, so that none is rare; a failure ends
@@ -680,7 +680,7 @@ def play(world, rng, counts, n_tasks, render=True, nudges=0.0):
     """
     world.reset(render=False)
     for _ in range(n_tasks):
-        options = [task for task in TASKS if feasible(world, task)]
+        options = [task for task in tasks if feasible(world, task)]
         if not options:
             return
         shares = [SHARES.get(task.split("_")[0], 1) if "drawer" not in task else 1 for task in options]
@@ -731,21 +731,25 @@ def draw_start(scene, task, seed):
 SHARD, SESSION = 250, 12                                     # clips a shard, tasks a session
 
 
-def make(kind, directory, n_clips=8000, scenes="ABCD", workers=None, seed=0, command=""):
-    """Writes n_clips "demonstrations" or "videos", evenly over the scenes; skips shards that are there."""
+def make(kind, directory, n_clips=8000, scenes="ABCD", workers=None, seed=0, command="", tasks=()):
+    """Writes n_clips "demonstrations" or "videos", evenly over the scenes, of all tasks or of those named;
+    skips shards that are there.
+    """
+    tasks = [task for task in TASKS if task in tasks or not tasks]
     shards = len(scenes) * max(1, round(n_clips / SHARD / len(scenes)))
     sizes = [n_clips // shards + (i < n_clips % shards) for i in range(shards)]
-    jobs = [(kind, directory, i, scenes[i % len(scenes)], size, seed) for i, size in enumerate(sizes)]
+    jobs = [(kind, directory, i, scenes[i % len(scenes)], size, seed, tasks) for i, size in enumerate(sizes)]
+    some = dict(tasks=tasks) if len(tasks) < len(TASKS) else {}
     clips.claim(directory, kind=kind, clips=n_clips, scenes=scenes, seed=seed, shares=SHARES,
-                nudges=0 if kind == "videos" else NUDGES)
+                nudges=0 if kind == "videos" else NUDGES, **some)
     clips.make_shards(make_shard, [(job[2], job[4], job) for job in jobs], directory, workers or cores(),
                       unit="clip", desc=f"tabletop {kind}")
     clips.write_meta(directory, source=f"tabletop {kind}", fps=FPS, command=command)
 
 
 def make_shard(job):
-    """One unit of work with its own random numbers; job: (kind, directory, index, scene, clips, seed)."""
-    kind, directory, index, scene, n_clips, seed = job
+    """One unit of work, a shard, with its own random numbers; job: as `make` puts it together."""
+    kind, directory, index, scene, n_clips, seed, tasks = job
     video = kind == "videos"
     rng = np.random.default_rng([seed, index, int(video)])
     cameras = ["rgb_static"] if video else ["rgb_static", "rgb_gripper"]
@@ -755,7 +759,7 @@ def make_shard(job):
             pace = rng.uniform(1.5, 2.0) if video else 1.0
             world = Tabletop(scene, rng.integers(2**31), hand=video, pace=pace)
             for task, observations, actions, done in play(world, rng, counts, SESSION,
-                                                          nudges=0 if video else NUDGES):
+                                                          nudges=0 if video else NUDGES, tasks=tasks):
                 if done and written < n_clips:
                     add_clip(shard, cameras, task, observations, actions, index * 10000 + session, video, rng)
                     written += 1
@@ -813,12 +817,17 @@ def main():
     parser.add_argument("--out", help="directory of the data set")
     parser.add_argument("--clips", type=int, default=8000)
     parser.add_argument("--scenes", default="ABCD")
+    parser.add_argument("--tasks", default="", metavar="A,B,...", help="make clips of these alone")
     parser.add_argument("--workers", type=int, default=cores())
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--episodes", type=int, default=20, help="times each task is measured")
     args = parser.parse_args()
     if not args.scenes or not set(args.scenes) <= set(SCENES):
         parser.error(f"--scenes takes letters of {''.join(SCENES)}, for instance ABC")
+    tasks = args.tasks.split(",") if args.tasks else []
+    for task in tasks:
+        if task not in TASKS:
+            parser.error(f"--tasks: there is no {task!r}; did you mean {nearest(task, TASKS)}?")
     if args.make is None:
         measure(args.scenes, args.episodes, args.seed)
         contact_sheet("out/tabletop.png", args.scenes, args.seed)
@@ -826,8 +835,8 @@ def main():
     if args.out is None:
         parser.error("--make needs --out DIR")
     command = (f"python -m nanogr.worlds.tabletop --make {args.make} --out {args.out} --clips {args.clips}"
-               f" --scenes {args.scenes} --seed {args.seed}")
-    make(args.make, args.out, args.clips, args.scenes, args.workers, args.seed, command)
+               f" --scenes {args.scenes} --seed {args.seed}" + f" --tasks {args.tasks}" * bool(tasks))
+    make(args.make, args.out, args.clips, args.scenes, args.workers, args.seed, command, tasks)
 
 
 if __name__ == "__main__":
