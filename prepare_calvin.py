@@ -38,7 +38,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nanogr import clips
-from nanogr.common import Parser, UserError, cores, parse_part, run_script, write_whole
+from nanogr.common import Parser, UserError, check_apart, cores, parse_part, run_script, write_whole
 
 SHARD = 64                                             # segments; about 4,000 frames, 100 MB
 CAMERAS = dict(rgb_static=(200, 200, 3), rgb_gripper=(84, 84, 3))
@@ -385,6 +385,7 @@ def parse():
 
 def main():
     args, failed = parse(), False
+    check_apart(args.out, args.dataset)
     splits = open_source(args.dataset).splits()
     if not splits:
         raise UserError(f"{args.dataset} has no training/ or validation/: no CALVIN data set")

@@ -28,6 +28,7 @@ import contextlib
 import csv
 import errno
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -43,11 +44,12 @@ import zlib
 
 import av
 import numpy as np
+from av.bitstream import BitStreamFilterContext
 from av.video.reformatter import VideoReformatter
 from tqdm import tqdm
 
 from nanogr import clips
-from nanogr.common import Parser, UserError, cores, parse_part, run_script, write_whole
+from nanogr.common import Parser, UserError, check_apart, cores, parse_part, run_script, write_whole
 
 FRAMES, STEP, SIZE = 10, 1 / 3, 224
 SPAN = (FRAMES - 1) * STEP                             # 3 s from the first frame to the last
@@ -56,6 +58,10 @@ NEAR = 2                                               # s; to get over a shorte
 # swscale's AREA | FULL_CHR_H_INT | ACCURATE_RND: AREA alone comes out two gray levels too dark.
 SCALING = 0x20 | 0x2000 | 0x40000
 SCALER = VideoReformatter()                            # one for all: frame.reformat sets up one a frame
+BEGINNING = 20                                         # s; so much is decoded where seeking fails
+RAW = {"h264", "hevc", "vvc", "av1", "m4v", "mpegvideo", "obu"}        # formats of nothing but pictures
+NOTES = {"h264": "6", "hevc": "39|40"}                 # kinds of units beside the pictures: SEI messages
+TAGS = dict(metadata_errors="ignore") if int(av.__version__.split(".")[0]) < 19 else {}   # 19: always so
 WEARER = re.compile(r"\A\s*#\s*C\s*C\s+", re.IGNORECASE)               # also written "# C C", "#c C", "#CC"
 
 Clip = collections.namedtuple("Clip", "uid pass_number index start text")     # start [s] of its first frame
@@ -71,11 +77,20 @@ def clean(text):
     return re.sub(r"\A([ ,;_]|\.(?!\d))+", "", text, count=1)
 
 
+# Scripts that put no blanks between words: Thai and its neighbours, Khmer, Chinese, Japanese.
+NO_BLANKS = "\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+
+
+def count_words(text):
+    """How many words it has; in scripts that put no blanks between words each letter counts as one."""
+    return len(re.findall(rf"[{NO_BLANKS}]|[^\s{NO_BLANKS}]+", text))
+
+
 # A rule says of (clip, its video) whether to drop it, its key says why. The first that does is counted.
 RULES = {
     "not an action of the wearer (#C C)": lambda clip, video: not WEARER.match(clip.text),
     "unsure, or another tag inside": lambda clip, video: "#" in WEARER.sub("", clip.text, count=1),
-    "fewer than two words": lambda clip, video: len(clean(clip.text).split()) < 2,
+    "fewer than two words": lambda clip, video: count_words(clean(clip.text)) < 2,
     "video not in ego4d.json": lambda clip, video: video is None,
     "not all of its 3 s inside the video": lambda clip, video: not 0 <= clip.start <= video.duration - SPAN,
     "touches a redacted interval": lambda clip, video: any(
@@ -128,23 +143,30 @@ def reading(path, advice):
         yield
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}. {advice}") from None
-    except (AttributeError, KeyError, TypeError, ValueError, csv.Error) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError, csv.Error) as error:
         raise UserError(f"{path} can't be used ({type(error).__name__}: {error}). {advice}") from None
 
 
 def load_videos(path, folder, splits):
     """Return {uid: Video} of ego4d.json; excluded: those that any benchmark has in one of the `splits`."""
-    videos = {}
+    videos, flaw = {}, None
     with reading(folder, ADVICE):
         there = set(os.listdir(folder))
     with reading(path, ADVICE):
         for about in json.loads(path.read_bytes())["videos"]:
             uid = about["video_uid"]
             with reading(f"{path}, video {uid}", ADVICE):
+                excluded = is_excluded(about, splits)
+            try:
                 videos[uid] = Video(float(about["duration_sec"] or 0), bool(about["is_stereo"]),
                                     [(float(interval["start_sec"]), float(interval["end_sec"]))
                                      for interval in about["redacted_intervals"] or []],
-                                    is_excluded(about, splits), f"{uid}.mp4" in there)
+                                    excluded, f"{uid}.mp4" in there)
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                flaw = f"video {uid}: its entry can't be used ({error!r})"
+                print(f"{path}, {flaw}, so it is left out")
+        if flaw and not videos:
+            raise ValueError(flaw)
     return videos
 
 
@@ -188,11 +210,20 @@ def encodable(text):
 def load_captions(path):
     """Return the rows of a CSV file as Clips."""
     found = []
-    with reading(path, COLUMNS), open(path, newline="", encoding="utf-8-sig") as file:
-        for index, row in enumerate(csv.DictReader(file)):
+    with reading(path, COLUMNS):
+        content = path.read_bytes()
+        content = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        first = content.partition("\n")[0]
+        mark = max(",;\t", key=first.count)            # spreadsheets write ; where a comma is in numbers
+        names = [name.strip(' "\r').lower() for name in first.split(mark)]
+        rows = csv.DictReader(io.StringIO(content.partition("\n")[2], newline=""), names, delimiter=mark)
+        for index, row in enumerate(rows):
             with reading(f"{path}, row {index + 1}", COLUMNS):
-                start = round(float(row["start"]), 6)
-                found.append(checked(Clip(row["video"], 0, index, start, row["text"])))
+                start = row["start"].replace(",", ".") if mark != "," else row["start"]
+                name = pathlib.PurePath(row["video"])
+                if name.is_absolute() or ".." in name.parts:
+                    raise ValueError(f"the video {name} is not in the folder of --videos")
+                found.append(checked(Clip(row["video"], 0, index, round(float(start), 6), row["text"])))
     return found
 
 
@@ -236,64 +267,153 @@ class Reader:
     def __init__(self, path):
         if not path.stat().st_size:
             raise ValueError("the file is empty")
+        self.path, self.tolerant, self.container = path, False, None
+        self.open()
+
+    def open(self):
+        """Open the file, or open it anew to read it from its first byte."""
+        self.close()
         # No name is taken for an address, no playlist in disguise fetches one; odd tags don't matter.
-        self.container = av.open(str(path.resolve()), options=dict(protocol_whitelist="file"),
-                                 metadata_errors="ignore")
+        how = dict(options=dict(protocol_whitelist="file"), **TAGS)
+        self.container = av.open(str(self.path.resolve()), **how)
         self.stream = self.container.streams.best("video")             # else a cover picture may come first
         if not self.stream:
-            self.container.close()
+            self.close()
             raise ValueError("no video in it, or it is cut off")
-        self.stream.thread_type, self.stream.codec_context.thread_count = "NONE", 1    # a worker, a core
+        codec, kind = self.stream.codec_context, self.container.format.name
+        if codec is None:
+            self.close()
+            raise ValueError("no decoder for its codec")
+        if kind in RAW:
+            self.close()
+            raise ValueError(f"raw {kind} tells no times; wrap it: ffmpeg -framerate 30 -i {self.path.name} "
+                             "-c copy NAME.mp4, with its true rate")
+        self.stream.thread_type, codec.thread_count = "NONE", 1        # a worker, a core
         # By default H.264's decoder patches over damage, and nobody would know.
-        self.stream.codec_context.options = {"err_detect": "explode"}
+        codec.options = {"err_detect": "explode"}
         self.start, self.unit = self.stream.start_time or 0, float(self.stream.time_base)
+        self.counted = kind == "avi"                   # whose packets tell when to decode, not when to show
+        self.filter = None
+        if self.tolerant and codec.name in NOTES:
+            without = f"filter_units=remove_types={NOTES[codec.name]}"
+            self.filter = BitStreamFilterContext(without, self.stream)
+        self.frames = self.decoded()
         self.forget()
+
+    def close(self):
+        if self.container:
+            self.container.close()
 
     def forget(self):
         """After an error: seek whatever is asked for next."""
         self.before = self.after = self.UNREAD
 
+    def decoded(self):
+        """Yield (seconds, frame) from where the file stands. What can't be decoded before the first picture
+        is no damage: a file, or the place that was sought, may begin amid pictures that need earlier ones.
+        """
+        number, flaw = 0, None
+        for packet in self.container.demux(self.stream):
+            for part in self.filter.filter(packet) if self.filter and packet.size else [packet]:
+                try:
+                    frames = self.stream.decode(part)
+                except av.FFmpegError as error:
+                    if number:
+                        raise
+                    frames, flaw = [], error
+                for frame in frames:
+                    if self.counted:
+                        yield number / float(self.stream.average_rate), frame
+                    elif frame.pts is not None:
+                        yield (frame.pts - self.start) * self.unit, frame
+                    number += 1
+        if flaw and not number:
+            raise flaw
+
     def seek(self, seconds):
         """Decode from the last keyframe on that is not after `seconds`, up to there.
 
         With open GOPs the frames beside a keyframe need some from before it: then from an earlier keyframe.
+        Some files can't be sought to their beginning: then they are opened anew.
         """
+        flaw = None
         for early in (0, 1, 10):
+            if self.counted or seconds <= early:
+                break
             self.forget()
-            self.container.seek(self.start + int(max(0, seconds - early) / self.unit), stream=self.stream)
-            self.frames = (((frame.pts - self.start) * self.unit, frame)
-                           for frame in self.container.decode(self.stream) if frame.pts is not None)
+            self.container.seek(self.start + int((seconds - early) / self.unit), stream=self.stream)
+            self.frames = self.decoded()
             try:
                 self.advance(seconds)
-            except av.FFmpegError:
-                if early == 10:
-                    raise
-            else:
-                if self.before != self.UNREAD or self.after[0] == seconds:
-                    break
+            except av.FFmpegError as error:
+                flaw = error
+                continue
+            if self.before != self.UNREAD or self.after[0] == seconds:
+                return
+        if seconds < BEGINNING or self.counted:
+            self.open()
+            self.advance(seconds)
+        elif flaw:
+            raise flaw
 
     def advance(self, seconds):
         while self.after[0] < seconds:
             self.before, self.after = self.after, next(self.frames, self.ENDED)
 
+    def picture(self, seconds, crop):
+        """See nearest and to_picture. If the notes beside a video's pictures are flawed, it goes without."""
+        try:
+            return to_picture(self.nearest(seconds), crop)
+        except av.FFmpegError:
+            if self.tolerant or self.stream.codec_context.name not in NOTES:
+                raise
+            self.tolerant = True
+            self.open()
+            return to_picture(self.nearest(seconds), crop)
+
     def nearest(self, seconds):
-        """Return the frame whose presentation time is nearest."""
-        if seconds > self.after[0] + NEAR:
+        """Return the frame whose presentation time is nearest or, where a slow or stalled camera has none
+        within 1/6 s, the one being shown."""
+        if self.after == self.UNREAD or seconds < self.before[0] or \
+                seconds > self.after[0] + NEAR and not self.counted:
             self.seek(seconds)
         self.advance(seconds)
         shown, frame = min(self.before, self.after, key=lambda pair: abs(pair[0] - seconds))
-        if abs(shown - seconds) > STEP / 2:            # else two of the ten could be the same frame
-            raise ValueError("no frame within 1/6 s: the video ends early or has a gap")
-        return frame
+        if abs(shown - seconds) <= STEP / 2:
+            return frame
+        if self.before == self.UNREAD:
+            raise ValueError(f"its first picture that can be decoded comes at {self.after[0]:.1f} s")
+        if self.after == self.ENDED:
+            raise ValueError(f"it ends early, at {self.before[0]:.1f} s")
+        return self.before[1]
 
 
 def to_picture(frame, crop):
     """uint8 (SIZE, SIZE, 3), upright: the frame squashed, as the authors did, or its central square."""
     sides, short = (frame.width, frame.height), min(frame.width, frame.height)
     width, height = (round(SIZE * side / short) if crop else SIZE for side in sides)
-    image = SCALER.reformat(frame, width, height, "rgb24", interpolation=SCALING, threads=1).to_ndarray()
+    scale = lambda: SCALER.reformat(frame, width, height, "rgb24", interpolation=SCALING, threads=1)
+    try:
+        image = scale().to_ndarray()
+    except (av.FFmpegError, ValueError):               # a colour space that swscale lacks: as if unspecified
+        frame.colorspace = 2
+        image = scale().to_ndarray()
     top, left = (height - SIZE) // 2, (width - SIZE) // 2
-    return np.rot90(image[top:top + SIZE, left:left + SIZE], round(frame.rotation / 90))    # counterclockwise
+    return upright(image[top:top + SIZE, left:left + SIZE], frame)
+
+
+def upright(image, frame):
+    """The image (S, S, 3) as players show it: turned and mirrored as the frame's display matrix says, if that
+    is one of the eight that do so."""
+    matrix = next((data for data in frame.side_data.keys() if data.type.name == "DISPLAYMATRIX"), None)
+    if matrix is None:
+        return image
+    a, b, _, c, d = np.round(np.frombuffer(bytes(matrix), "<i4")[:5] / 65536).astype(int)   # x' = ax + cy
+    if sorted(map(abs, (a, b, c, d))) != [0, 0, 1, 1] or abs(a) != abs(d):
+        return image
+    if a == 0:
+        image, a, d = image.swapaxes(0, 1), c, b
+    return image[::d, ::a]
 
 
 def read_clips(path, group, crop):
@@ -306,12 +426,12 @@ def read_clips(path, group, crop):
         yield from ((clip, f"can't be opened: {explain(error)}") for clip in group)
         return
     pictures = {i: [] for i in range(len(group))}      # of clips that have not got all of them yet
-    with reader.container:
+    with contextlib.closing(reader):
         wanted = ((clip.start + k * STEP, i) for i, clip in enumerate(group) for k in range(FRAMES))
         for seconds, i in sorted(wanted):
             try:
                 if i in pictures:
-                    pictures[i].append(to_picture(reader.nearest(seconds), crop))
+                    pictures[i].append(reader.picture(seconds, crop))
             except (av.FFmpegError, ValueError) as error:
                 raise_if_passing(error, path)
                 reader.forget()
@@ -605,6 +725,7 @@ def main():
             print("\n".join(problems or [*clips.summary(args.out), "nothing is wrong with it"]))
             sys.exit(bool(problems))
         check_folder(args.videos or args.dataset / args.folder)
+        check_apart(args.out, args.videos or args.dataset)
         chosen, dropped = choose_clips(args)
         if args.estimate or not chosen:                # a packed set's report tells this at its end
             print_dropped(count_dropped(dropped)["dropped"])

@@ -27,6 +27,9 @@ class UserError(Exception):
 
 def run_script(main, *errors):
     """Run a script's main. UserError, OSError and `errors` end it with one line and status 1."""
+    for stream in sys.stdout, sys.stderr:                # a name that the terminal cannot write is escaped
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except (UserError, OSError, *errors) as problem:
@@ -143,6 +146,13 @@ def make_room(directory, names=("*",)):
     for path in sorted(path for name in names for path in directory.glob(name)):
         shutil.move(path, aside / path.name)             # `directory` may be a link or a disk of its own
     return aside
+
+
+def check_apart(out, source):
+    """UserError if `out` is the folder `source` or lies in it: they would mix."""
+    out, source = pathlib.Path(out).resolve(), pathlib.Path(source).resolve()
+    if source == out or source in out.parents:
+        raise UserError(f"{out} is, or lies in, the data that is to be read ({source}): choose another OUT")
 
 
 def check_same(before, now, where, cure=""):

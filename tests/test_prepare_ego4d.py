@@ -31,10 +31,12 @@ EGO4D_MINI = ROOT.parent / "shared/data/ego4d_mini/v2"
 TICK = 1 / 30000                                       # s; of the videos made here
 
 
-def make_video(path, ticks=1000 * np.arange(240), codec="libx264", rotated=False, format="mp4", **options):
+def make_video(path, ticks=1000 * np.arange(240), codec="libx264", rotated=False, format="mp4", unit=30_000,
+               **options):
     """A video that tells each frame's number n: gray 16 * (n % 16) left, 16 * (n // 16) right.
 
-    ticks: when it is shown; rotated: the video is to be turned clockwise for display, as a phone's may be.
+    ticks: when it is shown, in parts of 1/30000 s; unit: so many parts of a second is the file's own time in;
+    rotated: the video is to be turned clockwise for display, as a phone's may be.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     options = dict(preset="ultrafast") | options if codec == "libx264" else options
@@ -42,13 +44,13 @@ def make_video(path, ticks=1000 * np.arange(240), codec="libx264", rotated=False
     with av.open(str(path), "w", format, options=dict(movflags="faststart")) as container:
         stream = container.add_stream(codec, 30, options=options)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        stream.codec_context.time_base = fractions.Fraction(1, 30000)
+        stream.codec_context.time_base = fractions.Fraction(1, unit)
         for n, tick in enumerate(ticks.tolist()):
             image = np.roll(noise, n, axis=1)
             image[:, :32] += 16 * (n % 16)
             image[:, 32:] += 16 * (n // 16)
             frame = av.VideoFrame.from_ndarray(image, "rgb24")
-            frame.pts, frame.time_base = tick, stream.codec_context.time_base
+            frame.pts, frame.time_base = tick * unit // 30_000, stream.codec_context.time_base
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     if rotated:                                        # QuickTime's matrix: x' = -y, y' = x
@@ -76,7 +78,11 @@ VIDEOS = dict(
     open_gop={"preset": "medium", "x264-params": "open-gop=1:keyint=24:bframes=3"},
     hevc={"codec": "libx265", "x265-params": "keyint=24:log-level=none"},
     vp9={"codec": "libvpx-vp9", "deadline": "realtime", "g": "128", "cpu-used": "8"},
-    transport_stream=dict(format="mpegts", g="24"), matroska=dict(format="matroska", g="50", bf="2"))
+    transport_stream=dict(format="mpegts", g="24"), long_transport_stream=dict(format="mpegts", g="250"),
+    hevc_transport_stream={"codec": "libx265", "format": "mpegts", "x265-params": "log-level=none"},
+    avi=dict(format="avi", unit=30, preset="medium", bf="3"), slow_camera=dict(ticks=16_000 * np.arange(30)),
+    stalled=dict(ticks=np.array([*range(0, 90_000, 1000), *range(135_000, 240_000, 1000)])),
+    odd_colours={"x264-params": "colormatrix=ICtCp"}, matroska=dict(format="matroska", g="50", bf="2"))
 
 
 @pytest.mark.parametrize("kind", VIDEOS)
@@ -94,7 +100,79 @@ def test_ego4d_takes_the_nearest_frames(tmp_path, kind):
     for clip, pictures in found:
         assert pictures.shape == (10, 224, 224, 3) and pictures.dtype == np.uint8
         told = [number(picture.swapaxes(0, 1) if kind == "rotated" else picture) for picture in pictures]
-        assert told == [np.abs(seconds - clip.start - k / 3).argmin() for k in range(10)], clip
+        asked = [clip.start + k / 3 for k in range(10)]
+        near = [np.abs(seconds - t).argmin() for t in asked]
+        shown = [n if abs(seconds[n] - t) <= 1 / 6 else np.searchsorted(seconds, t, "right") - 1
+                 for n, t in zip(near, asked)]
+        assert told == shown, clip
+
+
+# Of a display matrix, x' = ax + cy, y' = bx + dy: a, b, c, d. The last means nothing.
+MATRICES = [*((a, 0, 0, d) for a in (1, -1) for d in (1, -1)),
+            *((0, b, c, 0) for b in (1, -1) for c in (1, -1)), (3, 2, 1, 1)]
+
+
+def test_ego4d_shows_what_players_show(tmp_path):
+    """Catches a picture that is turned or mirrored otherwise than its display matrix says, in any of the
+    eight ways; a meaningless matrix that turns it at all.
+    """
+    data = make_video(tmp_path / "x.mp4").read_bytes()
+    row = lambda *x: struct.pack(">3i", *(65536 * i for i in x))
+    at = data.index(row(1, 0, 0) + row(0, 1, 0), data.index(b"tkhd"))
+    upright, = prepare_ego4d.read_clips(tmp_path / "x.mp4", ego4d_clips(0.5), crop=False)
+    for a, b, c, d in MATRICES:
+        (tmp_path / "y.mp4").write_bytes(data[:at] + row(a, b, 0) + row(c, d, 0) + data[at + 24:])
+        (_, pictures), = prepare_ego4d.read_clips(tmp_path / "y.mp4", ego4d_clips(0.5), crop=False)
+        wanted = upright[1]
+        if a == 0:                                     # turned: x' = cy, y' = bx
+            wanted = wanted.swapaxes(1, 2)[:, ::b, ::c]
+        elif a != 3:
+            wanted = wanted[:, ::d, ::a]
+        assert np.array_equal(pictures, wanted), (a, b, c, d)
+
+
+def test_ego4d_flaws_beside_the_pictures(tmp_path):
+    """Catches a note beside the pictures that costs all clips though no pixel is damaged; a file that begins
+    amid pictures that need earlier ones, raw video without times, or a codec without decoder, that is told
+    wrongly or ends all.
+    """
+    flawed, whole = tmp_path / "flawed.mp4", make_video(tmp_path / "whole.mp4")
+    with av.open(str(whole)) as source, av.open(str(flawed), "w") as box:
+        stream = box.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:                 # a message that says it is longer than it is
+                data = bytes(packet)
+                new = av.Packet(struct.pack(">I", 10) + b"\x06\x05\xff\xff\x10\x20\x30\x80\0\0" + data)
+                new.pts, new.dts, new.time_base = packet.pts, packet.dts, packet.time_base
+                new.is_keyframe, new.stream = packet.is_keyframe, stream
+                box.mux(new)
+    read = lambda path, start: next(iter(prepare_ego4d.read_clips(path, ego4d_clips(start), crop=False)))[1]
+    assert np.array_equal(read(flawed, 1.0), read(whole, 1.0))
+    long = make_video(tmp_path / "x.ts", format="mpegts", g="60")
+    (tmp_path / "cut.ts").write_bytes(long.read_bytes()[188 * 20:])
+    assert "its first picture that can be decoded comes at" in read(tmp_path / "cut.ts", 0.0)
+    raw = make_video(tmp_path / "x.h264", format="h264")
+    assert "wrap it: ffmpeg" in read(raw, 1.0)
+    data = whole.read_bytes()
+    at = data.index(b"avc1", data.index(b"stsd"))
+    whole.write_bytes(data[:at] + b"zzzz" + data[at + 4:])
+    assert "no decoder for its codec" in read(whole, 1.0)
+
+
+def test_captions_of_other_programs(tmp_path):
+    """Catches semicolons, tabs, UTF-16 and capitals of spreadsheets that are refused; languages without
+    blanks that count as one word; a video that lies outside the folder named.
+    """
+    for mark, start, coding in (",", "1.5", "utf-8"), (";", "1,5", "utf-8-sig"), ("\t", "1.5", "utf-16"):
+        text = f"Video{mark} Start{mark}TEXT\r\nx.mp4{mark}{start}{mark}打开抽屉\r\n"
+        (tmp_path / "a.csv").write_bytes(text.encode(coding))
+        clip, = prepare_ego4d.load_captions(tmp_path / "a.csv")
+        assert (clip.uid, clip.start, clip.text) == ("x.mp4", 1.5, "打开抽屉")
+    count = prepare_ego4d.count_words
+    for text, words in ("打开抽屉", 4), ("开", 1), ("opens", 1), ("opens it", 2), ("ドアを開ける", 6), ("", 0):
+        assert count(text) == words, text
+    (tmp_path / "a.csv").write_text("video,start,text\n../x.mp4,1,opens it\n")
+    assert refused("row 1.*not in the folder", prepare_ego4d.load_captions, tmp_path / "a.csv")
 
 
 def test_ego4d_decodes_once(tmp_path, monkeypatch):
