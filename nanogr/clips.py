@@ -34,6 +34,7 @@ A shard's npz, for N clips with M steps and C cameras:
 import collections
 import io
 import json
+import math
 import os
 import pathlib
 import random
@@ -45,11 +46,26 @@ import simplejpeg
 import torch
 from tqdm import tqdm
 
-from nanogr.common import Parser, UserError, check_same, in_pool, run_script, temp_path, write_whole
+from nanogr.common import (Parser, UserError, check_same, in_pool, read_json, run_script, temp_path,
+                           write_whole)
 from nanogr.pictures import write_sheet
 
 FORMAT_VERSION = 1
+COUNTED = ("shards", "clips", "frames", "bytes")
+MOST = 8192                                            # px of a picture's side
+# What people give in place of a data set, told by a file of it, and what to do with it.
+PACK = "it is raw CALVIN: pack it with prepare_calvin.py DIR OUT, then give OUT"
+FILM = "it holds videos: pack them with prepare_ego4d.py OUT --videos DIR --captions FILE.csv, then give OUT"
+OTHERS = {"episode_*.npz": PACK, "ep_start_end_ids.npy": PACK, "training/ep_start_end_ids.npy": PACK,
+          "validation/ep_start_end_ids.npy": PACK,
+          "meta/info.json": "it has LeRobot's layout, which is not read; course/your_robot.py shows packing",
+          "narration.json": "it is Ego4D: pack it with prepare_ego4d.py, then give OUT",
+          "annotations/narration.json": "it is Ego4D: pack it with prepare_ego4d.py, then give OUT",
+          "model.safetensors": "it is a checkpoint: --init or --checkpoint takes it",
+          **dict.fromkeys(("*.mp4", "*.mov", "*.mkv", "*.avi", "*.webm", "*.MP4", "*.MOV"), FILM)}
 OBS_DIM, ACTION_DIM = 15, 7
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+SHARDS = "[0-9]" * 5 + ".npz"                          # names of shards, as a glob: no stray copies
 KEYS = "offsets bounds sentences tasks episodes crc32 cameras sizes robot_obs rel_actions".split()
 
 
@@ -177,7 +193,7 @@ def write_meta(directory, source, fps, command, **extra):
     UserError if a shard is missing or broken, if they differ in cameras or in having actions, or are empty.
     """
     directory = pathlib.Path(directory)
-    last = max((int(path.stem) for path in directory.glob("*.npz")), default=-1)
+    last = max((int(path.stem) for path in directory.glob(SHARDS)), default=-1)
     shards = [load_shard(directory, index) for index in range(last + 1)]
     full = [shard for shard in shards if len(shard["episodes"])]
     kinds = [(dict(zip(shard["cameras"].tolist(), shard["sizes"].tolist())), len(shard["robot_obs"]) > 0)
@@ -199,25 +215,49 @@ def write_meta(directory, source, fps, command, **extra):
 
 
 # --------------------------------------------------------------------------------------------- reading
+def read_arrays(path):
+    """{key: array} of a shard's npz. ValueError if a member claims to hold more than the file has: what it
+    claims is checked before any memory is asked for.
+    """
+    with zipfile.ZipFile(path) as archive:
+        members = {key: archive.getinfo(f"{key}.npy") for key in KEYS}
+        if any(x.compress_type != zipfile.ZIP_STORED for x in members.values()) \
+                or sum(x.file_size for x in members.values()) > path.stat().st_size:
+            raise ValueError("it claims to hold more than it has")
+        arrays = {}
+        for key, member in members.items():
+            file = io.BytesIO(archive.read(member))
+            read_header = HEADERS[np.lib.format.read_magic(file)]
+            shape, _, dtype = read_header(file)
+            if dtype.hasobject or math.prod(shape) * dtype.itemsize != member.file_size - file.tell():
+                raise ValueError(f"{key} is not what it claims to be, {dtype} {shape}")
+            file.seek(0)
+            arrays[key] = np.lib.format.read_array(file, allow_pickle=False)
+    return arrays
+
+
 def load_shard(directory, index):
     """Return the arrays of one npz; UserError unless they fit each other and the size of the bin."""
     npz, again = pathlib.Path(directory) / f"{index:05d}.npz", f"run the command that made {directory} again"
     try:
-        with np.load(npz, allow_pickle=False) as file:
-            shard = {key: file[key] for key in KEYS}
+        shard = read_arrays(npz)
         size = npz.with_suffix(".bin").stat().st_size
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} is missing; delete {npz.name}, if there, and {again}") from None
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, EOFError, ValueError, KeyError, NotImplementedError, RuntimeError, zipfile.BadZipFile,
+            zlib.error) as error:
         raise UserError(f"{npz} can't be read ({error}); delete it and {again}") from None
     offsets, bounds = shard["offsets"], shard["bounds"]
-    fits = (all(len(shard[key]) == len(bounds) - 1 for key in ("sentences", "tasks", "episodes", "crc32"))
+    fits = (all(shard[key].ndim == 1 for key in KEYS[:7]) and len(bounds) and len(offsets)
+            and shard["robot_obs"].shape[1:] == (OBS_DIM,) and shard["rel_actions"].shape[1:] == (ACTION_DIM,)
+            and all(len(shard[key]) == len(bounds) - 1 for key in ("sentences", "tasks", "episodes", "crc32"))
             and len(offsets) == bounds[-1] * len(shard["cameras"]) + 1 and offsets[0] == bounds[0] == 0
             and (np.diff(offsets) > 0).all() and (np.diff(bounds) > 0).all()
             and len(shard["robot_obs"]) == len(shard["rel_actions"]) in (0, bounds[-1]))
     if not fits or size != offsets[-1]:
-        raise UserError(f"{npz.with_suffix('.bin')} has {size} bytes, but {npz.name} says {offsets[-1]}: "
-                         f"one is cut off or changed; delete {npz.name} and {again}")
+        said = offsets[-1] if offsets.size else "nothing"
+        raise UserError(f"{npz.with_suffix('.bin')} has {size} bytes, but {npz.name} says {said}: one is cut "
+                        f"off or changed; delete {npz.name} and {again}")
     return shard
 
 
@@ -227,17 +267,22 @@ def load_meta(directory):
     makers = "nanogr.worlds.tabletop and the prepare_*.py make one"
     if not path.parent.is_dir():
         raise UserError(f"{directory}: no such directory; it should be a data set: {makers}")
-    if not path.exists() and any(path.parent.glob("*.npz")):
+    if not path.exists() and any(path.parent.glob(SHARDS)):
         raise UserError(f"{directory}: its making was interrupted; run the same command again")
     if not path.exists():
-        raise UserError(f"{directory} has no meta.json, so it is no data set; {makers}")
-    try:
-        meta = json.loads(path.read_text())
-        version = meta["format_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} can't be read ({error!r}); run the command that made it again") from None
+        found = (words for glob, words in OTHERS.items() if any(path.parent.glob(glob)))
+        raise UserError(f"{directory} has no meta.json, so it is no data set; {next(found, makers)}")
+    meta = read_json(path, "run the command that made it again")
+    version, sides = meta.get("format_version"), meta.get("cameras")
     if version != FORMAT_VERSION:
         raise UserError(f"{directory} has format version {version}, not {FORMAT_VERSION}: make it again")
+    whole = isinstance(sides, dict) and sides and all(
+        isinstance(size, list) and len(size) == 2 and all(type(x) is int and 0 < x <= MOST for x in size)
+        for size in sides.values()) and isinstance(meta.get("counts"), dict) and all(
+        type(meta["counts"].get(key)) is int and meta["counts"][key] >= 0 for key in COUNTED)
+    if not whole or not {"has_actions", "fps", "source", "tasks"} <= set(meta):
+        raise UserError(f"{path} is damaged (a key is missing or makes no sense): run the command that made "
+                        "it again")
     return meta
 
 
@@ -305,6 +350,8 @@ class Clips:
         frames = np.empty((len(jpegs), *size, 3), np.uint8)
         try:
             for image, jpeg in zip(frames, jpegs):
+                if simplejpeg.decode_jpeg_header(jpeg)[:2] != size:          # before memory is asked for
+                    raise ValueError("it has another size")
                 image[:] = simplejpeg.decode_jpeg(jpeg, "RGB")
         except ValueError as error:                    # simplejpeg's, or the wrong size
             raise UserError(f"{self.directory}: a JPEG is broken in {where} ({error}); "

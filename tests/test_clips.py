@@ -1,16 +1,28 @@
 """nanogr/clips.py: clips come back, damage is told, windows cover a clip evenly."""
 import collections
 import io
+import shutil
+import zipfile
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 
 import model as gr1
 import train
 from nanogr import clips, common
-from tests.helpers import (CAMERAS, fails_in_one_line, make_clip, make_data_set, refused, run, same,
-                           small_model, write_shard)
+from tests.helpers import (
+    CAMERAS,
+    fails_in_one_line,
+    make_clip,
+    make_data_set,
+    refused,
+    run,
+    same,
+    small_model,
+    write_shard,
+)
 
 
 def test_clips_come_back(tmp_path):
@@ -83,6 +95,49 @@ def test_damage_is_one_clear_error(tmp_path):
         file.write(b"\0\0\0\0")
     assert data.read(3, 0, 1) and data.read(2) and refused("shard 00001, clip 3", data.read, 3)
     assert fails_in_one_line("-m nanogr.clips", tmp_path / "jpeg", words=["00001.bin", "clip 0", "crc32"])
+
+
+def test_files_that_lie_cost_no_memory(tmp_path):
+    """Catches what a file claims and is believed: an array of 224 GiB, a picture of gigabytes, JSON nested
+    too deep for the parser, counts and sizes that make no sense; each is to be one line.
+    """
+    make_data_set(tmp_path / "good")
+    lie = np.lib.format.magic(1, 0) + b"\x76\0" + (
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (4000000000, 15)}".ljust(117) + b"\n")
+    for name, content in ("robot_obs.npy", lie), ("crc32.npy", b"\x93NUMPY\x09\x00"):
+        shutil.copytree(tmp_path / "good", tmp_path / name)
+        with zipfile.ZipFile(tmp_path / "good/00000.npz") as old, \
+                zipfile.ZipFile(tmp_path / name / "00000.npz", "w") as new:
+            for member in old.namelist():
+                new.writestr(member, content if member == name else old.read(member))
+        assert refused("can't be read", clips.Clips, tmp_path / name)
+    meta = (tmp_path / "good/meta.json").read_text()
+    for old, new, words in (("{", "[" * 200_000, "too deep"), ('"shards": 2', '"shards": -2', "damaged"),
+                            ("16", "16000000", "damaged"), ('"has_actions"', '"actions"', "damaged")):
+        assert old in meta
+        (tmp_path / "good/meta.json").write_text(meta.replace(old, new, 1))
+        assert refused(words, clips.Clips, tmp_path / "good")
+    (tmp_path / "good/meta.json").write_text(meta)
+    data = clips.Clips(tmp_path / "good")
+    huge = bytearray(simplejpeg.encode_jpeg(np.zeros((16, 24, 3), np.uint8)))
+    at = huge.index(b"\xff\xc0") + 5
+    huge[at:at + 4] = b"\xff\xdc\xff\xdc"                # 65,500 x 65,500 px
+    assert refused("another size", data.decode, [bytes(huge)], (16, 24), "a test")
+    for copy in "00000 (1).npz", "._00000.npz":
+        shutil.copy(tmp_path / "good/00000.npz", tmp_path / "good" / copy)
+    clips.write_meta(tmp_path / "good", "test", 3, "test")         # strays beside the shards are no shards
+    assert len(clips.Clips(tmp_path / "good")) == len(data)
+
+
+def test_what_is_given_in_place_of_a_data_set(tmp_path):
+    """Catches advice that leads in a circle where somebody gives raw data, videos or a checkpoint."""
+    for name, words in (("training/episode_0000064.npz", "raw CALVIN.*prepare_calvin.py"),
+                        ("meta/info.json", "LeRobot"), ("a.MP4", "prepare_ego4d.py OUT --videos"),
+                        ("annotations/narration.json", "Ego4D"), ("model.safetensors", "checkpoint")):
+        path = tmp_path / name.replace("/", "-") / name
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"")
+        assert refused(words, clips.open_data, tmp_path / name.replace("/", "-"))
 
 
 def test_unfinished_shards_are_completed(tmp_path):
