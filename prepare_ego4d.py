@@ -405,7 +405,7 @@ def to_picture(frame, crop):
 def upright(image, frame):
     """The image (S, S, 3) as players show it: turned and mirrored as the frame's display matrix says, if that
     is one of the eight that do so."""
-    matrix = next((data for data in frame.side_data.keys() if data.type.name == "DISPLAYMATRIX"), None)
+    matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return image
     a, b, _, c, d = np.round(np.frombuffer(bytes(matrix), "<i4")[:5] / 65536).astype(int)   # x' = ax + cy
