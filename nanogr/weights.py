@@ -96,6 +96,13 @@ def read_config(path):
     if not os.path.exists(path):
         raise UserError(f"no checkpoint in '{path}': no such file or directory; train.py makes one")
     name = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "config.json")
+    part = os.path.basename(path)
+    if part == "resume.pt":
+        raise UserError(f"{path} is for train.py --resume; name the directory that it is in")
+    if part == "config.json":
+        raise UserError(f"{path} holds settings alone; name the directory that it is in")
+    if part == "model.safetensors" and not os.path.isfile(name):
+        raise UserError(f"{path}: config.json must lie beside it, as train.py wrote it")
     if os.path.isfile(path) and not (os.path.basename(path) == "model.safetensors" and os.path.isfile(name)):
         return {}
     if not os.path.isfile(name):

@@ -16,7 +16,8 @@ import torch
 
 import model as gr1
 import train
-from nanogr import clips, weights
+from nanogr import clips, common, weights
+from nanogr.worlds import tabletop
 from tests.helpers import ROOT, SIZES, fails_in_one_line, read_log, refused, run, same, training
 
 
@@ -282,6 +283,46 @@ def test_a_run_that_is_told_to_stop_goes_on_later(tabletop_data, tmp_path, monke
     assert all(torch.equal(straight[name], told[name]) for name in straight | told)
     for key in "arm", "val/arm":
         assert read_log(tmp_path / "told", key) == read_log(tmp_path / "straight", key)
+
+
+def test_the_data_may_move_but_not_change(tabletop_data, tmp_path):
+    """Catches a resumed run that goes on, without a word, on other clips; one that is refused because its
+    clips lie elsewhere; two runs that write into one folder; a link to a disk that is renamed itself.
+    """
+    shutil.copytree(tabletop_data / "demonstrations", tmp_path / "here")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "disk")
+    command = training("finetune", tmp_path / "here", f"{tmp_path}/run/")
+    assert run(*command)[0] == 0 and (tmp_path / "disk/model.safetensors").exists()
+    status, text = run(*command)
+    assert status == 0 and f"{tmp_path}/run is now in {tmp_path}/run.1" in text, text
+    assert (tmp_path / "run").is_symlink() and (tmp_path / "run.1/model.safetensors").exists()
+    (tmp_path / "here").rename(tmp_path / "there")
+    command[command.index(tmp_path / "here")] = tmp_path / "there"
+    assert run(*command, "--resume")[0] == 0
+    shutil.rmtree(tmp_path / "there")
+    tabletop.make("demonstrations", tmp_path / "there", 12, "AD", workers=1, seed=1)
+    assert fails_in_one_line(*command, "--resume", words=["other clips", "--data"])
+    with common.lock(tmp_path / "disk/.lock"):
+        assert fails_in_one_line(*command, words=["another run is writing"])
+
+
+def test_a_launcher_that_says_too_little(monkeypatch, tabletop_data, tmp_path):
+    """Catches a traceback, or waiting for ever, where WORLD_SIZE is set and nothing else."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert fails_in_one_line(*training("pretrain", tabletop_data / "videos", tmp_path / "out", future=1),
+                             words=["WORLD_SIZE is 2", "torchrun"])
+
+
+def test_without_a_compiler(monkeypatch):
+    """Catches a long trace where torch.compile finds no C compiler; one where nobody asked to compile."""
+    gpu, config = train.Processes(device=torch.device("cuda")), train.TrainConfig
+    assert train.compiles(config(compile="on"), train.Processes()) and train.compiles(config(), gpu)
+    assert not train.compiles(config(), train.Processes()) and not train.compiles(config(compile="off"), gpu)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    assert not train.compiles(config(), gpu)
+    assert refused("--compile on needs a C compiler", train.compiles, config(compile="on"), gpu)
 
 
 def test_steps_without_finite_gradients_are_skipped(tabletop_data, tmp_path, monkeypatch):

@@ -4,8 +4,10 @@ import json
 import pathlib
 import pickle
 import re
+import shutil
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -126,6 +128,35 @@ def test_malicious_weights_are_not_run(tmp_path):
     for damaged in b"", b"not weights", path.read_bytes()[:-40], path.read_bytes()[:40]:
         path.write_bytes(damaged)
         assert refused("weights.pth", weights.read_weights, path)
+
+
+def test_extras_and_wrappers_are_passed_over(tmp_path):
+    """Catches a file of Lightning's that can't be read for its harmless extras, or whose extras are run;
+    names that DistributedDataParallel and torch.compile have lengthened.
+    """
+    model = small_model()
+    state = {"module." + key.replace("trunk.", "trunk._orig_mod."): x
+             for key, x in model.trained_state().items()}
+    extras = dict(hyper_parameters={"lr": np.float64(1e-3), "table": np.ones(3)}, epoch=3,
+                  callbacks={"dir": pathlib.PosixPath("/x"), "bomb": Bomb(tmp_path / "bang")})
+    torch.save(dict(state_dict=state, **extras), tmp_path / "last.ckpt")
+    read = weights.read_checkpoint(tmp_path / "last.ckpt")
+    assert not (tmp_path / "bang").exists() and set(read) == set(model.trained_state())
+    assert all(torch.equal(x, read[key]) for key, x in model.trained_state().items())
+    torch.save(dict(state_dict={"trunk.x": Bomb(tmp_path / "bang")}), tmp_path / "bad.ckpt")
+    assert refused("no tensor", weights.read_checkpoint, tmp_path / "bad.ckpt")
+    assert not (tmp_path / "bang").exists()
+
+
+def test_one_file_of_a_checkpoint(tmp_path):
+    """Catches advice about encoders where what lacks is the config.json beside the weights."""
+    weights.save_checkpoint(tmp_path / "run", small_model())
+    (tmp_path / "run/resume.pt").write_bytes(b"")
+    shutil.copy(tmp_path / "run/model.safetensors", tmp_path / "model.safetensors")
+    for name, words in (("model.safetensors", "config.json"), ("run/resume.pt", "--resume"),
+                        ("run/config.json", "directory")):
+        assert refused(words, gr1.GR1.from_pretrained, tmp_path / name)
+    gr1.GR1.from_pretrained(tmp_path / "run/model.safetensors")
 
 
 def test_scripts_read_the_authors_files(tmp_path, tabletop_data):
