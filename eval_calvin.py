@@ -399,7 +399,7 @@ def tell(ours, what, crew):
 def died(ours, crew):
     crew[ours].join()
     return UserError(f"a worker died (exit status {crew[ours].exitcode}), what it said stands above; "
-                          "finished episodes are kept: --resume")
+                     "finished episodes are kept: --resume")
 
 
 def dismiss(ours, crew):
@@ -411,7 +411,7 @@ def dismiss(ours, crew):
 
 
 def play_all(args, jobs):
-    """Play the jobs on --workers processes: yields results as they come. A worker's death is a ModelError."""
+    """Play the jobs on --workers processes: yields results as they come. A worker's death is a UserError."""
     context, todo, crew, given = multiprocessing.get_context("spawn"), collections.deque(jobs), {}, {}
     with contextlib.redirect_stdout(None):                    # what was loaded has been said
         server = Server(load_policy(args)) if args.serve else None
@@ -657,7 +657,7 @@ def merge(args):
     count = collections.Counter(map(key, results))
     if max(count.values(), default=0) > 1:
         raise UserError(f"{sum(n > 1 for n in count.values())} episodes are there twice, such as "
-                             f"{max(count, key=count.get)}: give each shard once")
+                        f"{max(count, key=count.get)}: give each shard once")
     if not results:
         raise UserError(f"{', '.join(args.merge)}: no episode was finished yet")
     path = pathlib.Path(args.out) / "episodes.jsonl"
@@ -713,7 +713,7 @@ def list_chains(args):
             rows = calvin.draw_chains(pool.map)
         if not np.array_equal(rows, calvin.read_chains()):
             raise UserError("the generator and fixtures/calvin_chains.txt differ: numpy's legacy "
-                                     "random numbers have changed; the file is right")
+                            "random numbers have changed; the file is right")
     conditions = calvin.initial_conditions()
     states = [calvin.initial_state(condition) for condition in conditions]
     print(json.dumps(dict(

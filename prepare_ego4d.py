@@ -191,7 +191,7 @@ def load_narrations(path):
         content = json.loads(path.read_bytes(), object_hook=pair)
         if "videos" in content:
             raise UserError(f"{path} has the format of all_narrations_redacted.json, not that of "
-                                   "narration.json, which is needed")
+                            "narration.json, which is needed")
         for (uid, video), number in itertools.product(content.items(), (1, 2)):
             with reading(f"{path}, video {uid}, pass {number}", ADVICE):
                 told = (video.get(f"narration_pass_{number}") or {}).get("narrations") or []
@@ -277,17 +277,14 @@ class Reader:
         how = dict(options=dict(protocol_whitelist="file"), **TAGS)
         self.container = av.open(str(self.path.resolve()), **how)
         self.stream = self.container.streams.best("video")             # else a cover picture may come first
-        if not self.stream:
+        codec, kind = self.stream and self.stream.codec_context, self.container.format.name
+        why = ("no video in it, or it is cut off" if not self.stream else
+               "no decoder for its codec" if not codec else
+               f"raw {kind} tells no times; wrap it: ffmpeg -framerate 30 -i {self.path.name} "
+               "-c copy NAME.mp4, with its true rate" if kind in RAW else "")
+        if why:
             self.close()
-            raise ValueError("no video in it, or it is cut off")
-        codec, kind = self.stream.codec_context, self.container.format.name
-        if codec is None:
-            self.close()
-            raise ValueError("no decoder for its codec")
-        if kind in RAW:
-            self.close()
-            raise ValueError(f"raw {kind} tells no times; wrap it: ffmpeg -framerate 30 -i {self.path.name} "
-                             "-c copy NAME.mp4, with its true rate")
+            raise ValueError(why)
         self.stream.thread_type, codec.thread_count = "NONE", 1        # a worker, a core
         # By default H.264's decoder patches over damage, and nobody would know.
         codec.options = {"err_detect": "explode"}
@@ -640,7 +637,7 @@ def verify_shard(job):
     lost = sum(count for _, _, count in load_log(job)["lost"])
     if has + lost != len(job.clips):
         raise UserError(f"{job.out}: shard {job.index:05d} has {has} clips and lost {lost}, but "
-                               f"clips.jsonl lists {len(job.clips)}")
+                        f"clips.jsonl lists {len(job.clips)}")
 
 
 @contextlib.contextmanager

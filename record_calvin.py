@@ -374,7 +374,7 @@ def in_processes(functions, jobs, workers):
                 except (EOFError, ConnectionResetError):
                     process.join()
                     raise UserError(f"a process died (exit status {process.exitcode}), what it said "
-                                             "stands above; finished shards are kept: run it again") from None
+                                    "stands above; finished shards are kept: run it again") from None
                 if stage + 1 == len(functions):
                     yield job, result
                 else:

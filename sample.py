@@ -58,7 +58,7 @@ def load_model(args):
     if args.checkpoint is None and args.show_predictions and os.path.exists("out/pretrain/config.json") \
             and not os.path.exists("out/finetune/config.json"):
         raise UserError("no checkpoint in out/finetune: train one with `train.py --stage finetune`, or "
-                             "--checkpoint out/pretrain --data DIR to see what a pre-trained one foresees")
+                        "--checkpoint out/pretrain --data DIR to see what a pre-trained one foresees")
     args.checkpoint = args.checkpoint or "out/finetune"
     args.trained = weights.read_config(args.checkpoint)
     model = GR1.from_pretrained(args.checkpoint, vision=args.mae, text=args.clip)
@@ -128,10 +128,10 @@ def recorded(args, model):
     lacking = [camera for camera in model.config.cameras if camera not in data.cameras]
     if lacking:
         raise UserError(f"{data.directory} has no camera {lacking[0]}, which {args.checkpoint} needs: "
-                               "give other data or another --checkpoint")
+                        "give other data or another --checkpoint")
     if model.config.robot and not data.has_actions:
         raise UserError(f"{data.directory} has no robot states, which {args.checkpoint} needs: "
-                               "give demonstrations, or a pre-trained --checkpoint")
+                        "give demonstrations, or a pre-trained --checkpoint")
     for i in np.random.default_rng(args.seed).permutation(ids)[:args.episodes].tolist():
         clip = data.read(i, cameras=list(model.config.cameras))
         yield Take(f"clip-{i:05d}", data.sentences[i], f"{kind} {i} of {data.directory}", None,

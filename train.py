@@ -269,7 +269,7 @@ def find_data(config, world):
     for data in (training, validation) if validation else (training,):
         if config.stage == "finetune" and not data.has_actions:
             raise UserError(f"{data.directory} has no actions (source: {data.meta['source']}): "
-                                   "finetuning needs robot demonstrations; use it with --stage pretrain")
+                            "finetuning needs robot demonstrations; use it with --stage pretrain")
     ids, held_out = clips.split(training, 0 if validation else config.held_out)
     ids = clips.share_of_tasks(training, ids, config.data_fraction, config.seed)
     if validation:
@@ -555,7 +555,7 @@ def load_resume(config, learner, print_of_data, world):
             state[key] for key in ("step", "best", "sums", "skipped", "processes"))
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged or of an older version ({type(error).__name__}): start "
-                             f"anew, with --init {config.out} to keep its weights") from error
+                        f"anew, with --init {config.out} to keep its weights") from error
     if state.get("clips", print_of_data) != print_of_data:
         raise UserError(f"{config.out} was begun on other clips than those in --data: give the same, or "
                         "another --out")
@@ -655,8 +655,8 @@ def check_batch(config, world):
     parts = world.size * config.accumulate * config.windows_per_clip
     if config.batch % parts:
         raise UserError(f"--batch {config.batch} does not divide over {world.size} processes x "
-                             f"{config.accumulate} passes x {config.windows_per_clip} windows a clip: choose "
-                             f"a multiple of {parts}")
+                        f"{config.accumulate} passes x {config.windows_per_clip} windows a clip: choose "
+                        f"a multiple of {parts}")
 
 
 def train_step(step, learner, loader, config, world, skipped):
@@ -730,7 +730,7 @@ def refuse_to_skip(bad, progress, config):
     if bad >= PATIENCE:                                  # `bad`: how many in a row
         last = f"step {progress.saved} is in {config.out}" if progress.saved else "there is none yet"
         raise UserError(f"no finite gradient in {bad:.0f} steps in a row, all skipped: try a "
-                             f"smaller --lr; the last checkpoint: {last}")
+                        f"smaller --lr; the last checkpoint: {last}")
 
 
 def check_up(progress, learner, config, held_out, world, log):

@@ -171,19 +171,19 @@ def claim(directory, **recipe):
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         write_whole(path, json.dumps(recipe, indent=1).encode())
-    check_same(json.loads(path.read_text()), recipe, directory, ": delete it or choose another")
+    before = read_json(path, "delete it and begin again")
+    check_same(before, recipe, directory, ": delete it or choose another")
 
 
 def make_shards(make, jobs, directory, workers, **bar):
     """Call make(job), which returns how many clips that settles, for each of `jobs`, (shard, clips, job),
     whose shard is not in `directory` yet: on `workers` processes, with a progress bar over all clips.
     """
-    todo = [job for shard, _, job in jobs if not shard_is_done(directory, shard)]
-    total = sum(count for _, count, _ in jobs)
-    left = sum(count for shard, count, _ in jobs if not shard_is_done(directory, shard))
+    todo = [(count, job) for shard, count, job in jobs if not shard_is_done(directory, shard)]
+    total, left = sum(count for _, count, _ in jobs), sum(count for count, _ in todo)
     # Clips count when their shard is done, and the rate is the whole run's mean: the time left is no guess.
     with tqdm(total=total, initial=total - left, smoothing=0, **bar) as bar:
-        for count in in_pool(make, todo, min(workers, max(1, len(todo)))):
+        for count in in_pool(make, [job for _, job in todo], min(workers, max(1, len(todo)))):
             bar.update(count)
 
 
@@ -355,7 +355,7 @@ class Clips:
                 image[:] = simplejpeg.decode_jpeg(jpeg, "RGB")
         except ValueError as error:                    # simplejpeg's, or the wrong size
             raise UserError(f"{self.directory}: a JPEG is broken in {where} ({error}); "
-                             f"`python -m nanogr.clips {self.directory}` lists all damage") from None
+                            f"`python -m nanogr.clips {self.directory}` lists all damage") from None
         return frames
 
 

@@ -73,7 +73,7 @@ def read_weights(path):
         k for k, v in state.items() if not (isinstance(k, str) and torch.is_tensor(v))]
     if other or not state:
         raise UserError(f"{path} is no weights file: it holds "
-                         + (f"{str(other[0])[:40]!r}, which is no tensor" if other else "no tensor"))
+                        + (f"{str(other[0])[:40]!r}, which is no tensor" if other else "no tensor"))
     return state
 
 
@@ -107,7 +107,7 @@ def read_config(path):
         return {}
     if not os.path.isfile(name):
         raise UserError(f"no checkpoint in '{path}': train one with train.py, or name its directory with "
-                         "--checkpoint")
+                        "--checkpoint")
     config = read_json(name, "take another checkpoint, or train this one again")
     if not isinstance(config.get("model"), dict):
         raise UserError(f"{name} is no checkpoint's: it has no settings under 'model'")
@@ -239,7 +239,7 @@ def checkpoint_kind(state, path, cameras=()):
         return OURS, ()
     if not any(name.removeprefix("model.") == "embed_lang.weight" for name in state):
         raise UserError(f"{path} is no GR-1 checkpoint, ours or the authors' "
-                         f"(it has {', '.join(list(state)[:3])})")
+                        f"(it has {', '.join(list(state)[:3])})")
     if not any(name.startswith("model.") for name in state):
         return "the authors' GR-1", lacks
     return "the authors' GR-MG, pre-trained on Ego4D", finetuning_parts(cameras) + lacks
@@ -276,7 +276,7 @@ def translate(state, model, path, fresh=()):
             shape = own[target].shape                    # theirs may have more axes, of length 1, in front
             if value.numel() != shape.numel() or value.shape[value.dim() - len(shape):] != shape:
                 raise UserError(f"{path} is a checkpoint of another shape: {key} is {tuple(tensor.shape)}, "
-                                 f"this model's {target} {tuple(shape)}")
+                                f"this model's {target} {tuple(shape)}")
             ours[target] = value.reshape(shape)
     return ours, left
 
@@ -295,7 +295,7 @@ def check_positions(table, model, where):
     own = next(getattr(model.video_head, f"positions_{camera}") for camera in model.config.cameras)
     if table.shape[1:] != own.shape or not torch.allclose(table[0].float(), own, atol=1e-2):   # may be bf16
         raise UserError(f"{where} {tuple(table.shape)} is not the table of positions {tuple(own.shape)} "
-                         "that this model computes")
+                        "that this model computes")
 
 
 def switched_off(name, config):

@@ -293,7 +293,7 @@ def commit():
     except (git.exc.GitError, ValueError) as error:
         last = str(error).strip().splitlines()[-1].strip() if str(error).strip() else repr(error)
         raise UserError(f"git can't tell the commit of {path} ({last}): another user's clone needs `git "
-                          f"config --global --add safe.directory {path}`, a damaged one to be cloned anew"
+                        f"config --global --add safe.directory {path}`, a damaged one to be cloned anew"
                           ) from None
 
 
@@ -356,7 +356,7 @@ class Calvin:
         self.env.reset(HOME, np.concatenate([scene_obs[:5], [1], scene_obs[6:]]))
         if self.env.scene.buttons[0].state.value != 1:
             raise UserError(f"calvin_env is at {commit()[:7]}, whose button misses the first press after a "
-                              f"reset, so that scores are wrong: git -C {package()} checkout {FIXED[:7]}")
+                            f"reset, so that scores are wrong: git -C {package()} checkout {FIXED[:7]}")
 
     def reset(self, robot_obs=None, scene_obs=None, seed=0):
         """Restore a state, or draw one by `seed`; then observe. calvin_env's own reset keeps traces of what
