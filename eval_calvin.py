@@ -29,7 +29,6 @@ import hashlib
 import json
 import math
 import multiprocessing
-import multiprocessing.connection
 import pathlib
 import sys
 import time
@@ -40,8 +39,8 @@ from tqdm import tqdm
 
 from model import GR1, PRESETS, ModelError, preset_config
 from nanogr import pictures, weights
-from nanogr.common import (Parser, UserError, check_same, cores, lock, make_room, nearest, parse_part, quiet,
-                           run_script, write_whole)
+from nanogr.common import (Crew, Parser, UserError, check_same, cores, lock, make_room, nearest, parse_part,
+                           quiet, run_script, write_whole)
 from nanogr.encoders import build_encoders
 from nanogr.policy import Policy, act_together, to_action
 from nanogr.worlds import calvin, expert, tabletop
@@ -372,73 +371,32 @@ def renderer(args):
     return args.renderer if looks(args) or args.gif else None
 
 
-def hire(context, args):
-    """Start a worker: -> (our end of its connection, process)."""
-    ours, theirs = context.Pipe()
-    process = context.Process(target=work, args=(theirs, args), daemon=True)
-    process.start()
-    theirs.close()                                            # so that its death is the end of ours
-    return ours, process
-
-
-def hear(ours):
-    """What a worker says: (kind, content)."""
-    try:
-        return ours.recv()
-    except (EOFError, ConnectionResetError):
-        return "died", None
-
-
-def tell(ours, what, crew):
-    try:
-        ours.send(what)
-    except (BrokenPipeError, ConnectionResetError):
-        raise died(ours, crew) from None
-
-
-def died(ours, crew):
-    crew[ours].join()
-    return UserError(f"a worker died (exit status {crew[ours].exitcode}), what it said stands above; "
-                     "finished episodes are kept: --resume")
-
-
-def dismiss(ours, crew):
-    """Let a worker go. Should it hang in EGL's own end, nobody waits for that."""
-    process = crew.pop(ours)
-    process.join(10)
-    process.terminate()
-    ours.close()
-
-
 def play_all(args, jobs):
     """Play the jobs on --workers processes: yields results as they come. A worker's death is a UserError."""
-    context, todo, crew, given = multiprocessing.get_context("spawn"), collections.deque(jobs), {}, {}
+    todo, given = collections.deque(jobs), {}                 # given: how many jobs a worker has had
     with contextlib.redirect_stdout(None):                    # what was loaded has been said
         server = Server(load_policy(args)) if args.serve else None
-    try:
+    with Crew("finished episodes are kept: --resume") as crew:
         while todo or crew:
             while todo and len(crew) < min(args.workers, len(jobs)):
-                ours, process = hire(context, args)
-                crew[ours], given[ours] = process, 0
-            said = [(ours, *hear(ours)) for ours in multiprocessing.connection.wait(crew)]
-            yield from (content for _, kind, content in said if kind == "result" and content is not None)
-            for ours in [ours for ours, kind, _ in said if kind == "died"]:
-                raise died(ours, crew)
-            for ours in [ours for ours, kind, _ in said if kind == "result"]:
-                if todo and (args.env == "tabletop" or given[ours] < RECYCLE):
-                    given[ours] += 1
-                    tell(ours, todo.popleft(), crew)
+                given[crew.hire(work, args)] = 0
+            asked = []
+            for worker, (kind, content) in crew.hear():
+                if kind != "result":
+                    asked.append((worker, kind, content))
+                    continue
+                if content is not None:
+                    yield content
+                if todo and (args.env == "tabletop" or given[worker] < RECYCLE):
+                    given[worker] += 1
+                    crew.tell(worker, todo.popleft())
                 else:
-                    tell(ours, None, crew)
-                    dismiss(ours, crew)
+                    crew.tell(worker, None)
+                    crew.dismiss(worker)
                     if server:
-                        server.forget(ours)
-            asked = [each for each in said if each[1] != "result"]
-            for ours, answer in server.answers(asked) if asked else ():
-                tell(ours, answer, crew)
-    finally:
-        for process in crew.values():
-            process.terminate()
+                        server.forget(worker)
+            for worker, answer in server.answers(asked) if asked else ():
+                crew.tell(worker, answer)
 
 
 # ---------------------------------------------------------------------------------------------- report

@@ -15,8 +15,6 @@ In order: play, recording, looking, main.
 import io
 import itertools
 import json
-import multiprocessing
-import multiprocessing.connection
 import pathlib
 import shlex
 import sys
@@ -27,7 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from nanogr import clips
-from nanogr.common import Parser, UserError, cores, nearest, parse_part, quiet, run_script, write_whole
+from nanogr.common import Crew, Parser, UserError, cores, nearest, parse_part, quiet, run_script, write_whole
 from nanogr.pictures import write_sheet
 from nanogr.worlds import calvin
 from nanogr.worlds import expert as experts
@@ -356,35 +354,19 @@ def in_processes(functions, jobs, workers):
     """Do each job in processes of their own (a second simulator in one would draw differently), `workers` at
     a time: function(*job) for the first of `functions`, then function(*job, what the one before returned).
     Yields (job, what the last one returned) as they end."""
-    context, running = multiprocessing.get_context("spawn"), {}
-    todo = [(job, 0, ()) for job in jobs][::-1]
-    try:
-        while todo or running:
-            while todo and len(running) < workers:
-                (job, stage, given), (ours, theirs) = todo.pop(), context.Pipe(duplex=False)
-                process = context.Process(target=answer, args=(theirs, functions[stage], (*job, *given)),
-                                          daemon=True)
-                process.start()
-                theirs.close()                                 # so that its death is the end of ours
-                running[ours] = process, job, stage
-            for ours in multiprocessing.connection.wait(running):
-                process, job, stage = running.pop(ours)
-                try:
-                    result = ours.recv()
-                except (EOFError, ConnectionResetError):
-                    process.join()
-                    raise UserError(f"a process died (exit status {process.exitcode}), what it said "
-                                    "stands above; finished shards are kept: run it again") from None
+    todo, doing = [(job, 0, ()) for job in jobs][::-1], {}
+    with Crew("finished shards are kept: run it again") as crew:
+        while todo or crew:
+            while todo and len(crew) < workers:
+                job, stage, given = todo.pop()
+                doing[crew.hire(answer, functions[stage], (*job, *given))] = job, stage
+            for worker, result in crew.hear():
+                job, stage = doing.pop(worker)
                 if stage + 1 == len(functions):
                     yield job, result
                 else:
                     todo.append((job, stage + 1, (result,)))
-                process.join(10)                               # EGL may hang in its own end
-                process.terminate()
-                ours.close()
-    finally:
-        for process, _, _ in running.values():
-            process.terminate()
+                crew.dismiss(worker)
 
 
 def print_success(tried_by_scene):

@@ -6,6 +6,7 @@ import difflib
 import json
 import math
 import multiprocessing
+import multiprocessing.connection
 import os
 import pathlib
 import platform
@@ -192,3 +193,67 @@ def in_pool(function, jobs, workers):
                             "the same command goes on where it was") from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+class Crew:
+    """Worker processes that talk with this one over pipes, in a `with` block, whose end they don't outlive.
+    A worker is known by our end of its pipe; one that dies is a UserError, which says what is `kept`.
+    """
+
+    def __init__(self, kept):
+        self.kept, self.processes = kept, {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for process in self.processes.values():
+            process.terminate()
+
+    def __len__(self):
+        return len(self.processes)
+
+    def hire(self, function, *args):
+        """Start a worker, which calls function(its end of the pipe, *args)."""
+        spawn = multiprocessing.get_context("spawn")
+        worker, theirs = spawn.Pipe()
+        process = spawn.Process(target=be_worker, args=(function, theirs, *args), daemon=True)
+        process.start()
+        theirs.close()                                   # so that its death is the end of ours
+        self.processes[worker] = process
+        return worker
+
+    def hear(self):
+        """Wait until workers speak; yields (worker, what it says)."""
+        dead = []
+        for worker in multiprocessing.connection.wait(self.processes):
+            try:
+                yield worker, worker.recv()
+            except (EOFError, ConnectionResetError):     # later, so that the others' words are not lost
+                dead.append(worker)
+        if dead:
+            raise self.died(dead[0])
+
+    def tell(self, worker, what):
+        try:
+            worker.send(what)
+        except (BrokenPipeError, ConnectionResetError):
+            raise self.died(worker) from None
+
+    def died(self, worker):
+        process = self.processes[worker]
+        process.join()
+        return UserError(f"a worker died (exit status {process.exitcode}), what it said stands above; "
+                         f"{self.kept}")
+
+    def dismiss(self, worker):
+        """Let a worker go. Should it hang in EGL's own end, nobody waits for that."""
+        process = self.processes.pop(worker)
+        process.join(10)
+        process.terminate()
+        worker.close()
+
+
+def be_worker(function, connection, *args):
+    begin_worker()
+    function(connection, *args)

@@ -9,6 +9,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import types
 from unittest import mock
 
 import numpy as np
@@ -212,7 +213,7 @@ def eval_settings(**changes):
     """What eval_calvin.parse makes of a command line, for the tabletop."""
     settings = dict(env="tabletop", scene="D", language="validation", shuffle_language=False, gif=0,
                     serve=False, seed=0, steps=tabletop.STEPS, policy="noop")
-    return mock.Mock(**settings | changes)
+    return types.SimpleNamespace(**settings | changes)
 
 
 def training(stage, data, out, *more, **model):

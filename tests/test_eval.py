@@ -1,6 +1,7 @@
 """eval_calvin.py: chains, baselines, one model for many worlds, runs that are killed or parted."""
 import json
-import threading
+import os
+import signal
 from unittest import mock
 
 import numpy as np
@@ -127,6 +128,13 @@ def test_killed_and_sharded_runs_give_the_straight_report(tmp_path, monkeypatch)
     assert not (tmp_path / "no").exists()
 
 
+def says_one_thing_and_dies(connection, args):
+    connection.send(("result", None))
+    connection.recv()
+    connection.send(("result", "the first chain's"))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_nothing_played_is_lost(tmp_path, monkeypatch, capsys):
     """Catches a run that overwrites an earlier one, two that write one file, a result thrown away because the
     worker who sent it died next."""
@@ -149,19 +157,7 @@ def test_nothing_played_is_lost(tmp_path, monkeypatch, capsys):
     file.close()
     assert results == [dict(kind="chain", seed=0)] and path.read_bytes() == first
 
-    def hire(context):
-        ours, theirs = context.Pipe()
-
-        def work():
-            theirs.send(("result", None))
-            theirs.recv()
-            theirs.send(("result", "the first chain's"))
-            theirs.close()
-
-        threading.Thread(target=work).start()
-        return ours, mock.Mock(exitcode=-9)
-
-    monkeypatch.setattr(eval_calvin, "hire", lambda context, args: hire(context))
+    monkeypatch.setattr(eval_calvin, "work", says_one_thing_and_dies)
     results = []
     with pytest.raises(common.UserError, match="a worker died .exit status -9"):
         for result in eval_calvin.play_all(eval_settings(workers=1), [("chain", None, i) for i in (1, 2)]):
