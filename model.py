@@ -16,6 +16,7 @@ Glossary of shapes
     D  model width    R  query tokens of the window      K  actions of a chunk
     P  patches        V  timesteps that [OBS] asks at    L  latents of the resampler
     N  images         S  side of an image [px]           Dv, Dt  features of the image, text encoder
+    M  any tokens     E  their features                  G  runs of frames that windows share, see pick
 """
 import argparse
 import dataclasses
@@ -117,10 +118,9 @@ def attention_mask(steps, context, query_steps, device=None):
 
     Rows are all context tokens, then the queries, each at its timestep of query_steps (R,). Context is causal
     token by token: a state sees the sentence of its step, not the other way round. A query sees every context
-    token up to its own step. Columns are context tokens alone: a query holds nothing of the world, only a
-    question, so the official code hides it from everybody, itself included, and a column that nobody may see
-    can be left out. Hence any query can be asked or left out without changing another token's value: no [ACT]
-    in pre-training, no [OBS] when acting.
+    token up to its own step. No token sees a query, not even the query itself: the official code forbids it,
+    for a query is only a question. So queries have no columns here, and any of them can be asked or left out
+    without changing another token's value: no [ACT] in pre-training, no [OBS] when acting.
 
     Two steps of three context tokens (a b c) and two queries ([A] [O]) each:
 
@@ -168,13 +168,13 @@ def to_pixels(frames, side):
     """uint8 frames (..., 3, H, W) -> float (..., 3, side, side), ImageNet-normalised.
 
     Enlarged frames are what the official code feeds (torchvision 0.13's bicubic Resize): CALVIN's always are.
-    Shrunk ones are smoothed first, as torchvision does since 0.17; the official code would not smooth them.
+    Where a side shrinks they are smoothed first, as torchvision does since 0.17; the official code does not.
     """
     x = frames.flatten(0, -4).float() / 255
     if x.shape[-2:] != (side, side):
-        x = F.interpolate(x, (side, side), mode="bicubic", align_corners=False, antialias=x.shape[-1] > side)
-    return ((x - imagenet("mean", x.device)) / imagenet("std", x.device)).reshape(
-        *frames.shape[:-2], side, side)
+        x = F.interpolate(x, (side, side), mode="bicubic", antialias=max(x.shape[-2:]) > side)
+    x = (x - imagenet("mean", x.device)) / imagenet("std", x.device)
+    return x.reshape(*frames.shape[:-2], side, side)
 
 
 def attend(q, k, v, heads, mask=None, dropout=0.0):
@@ -188,10 +188,10 @@ def mlp(width, activation, bias=True):
     return nn.Sequential(nn.Linear(width, 4 * width, bias), activation, nn.Linear(4 * width, width, bias))
 
 
-def pick(runs, at, steps):
-    """Timesteps `steps` (V,) of B windows -> (B, V, ...). at None: runs (B, T, ...) are the windows. Else
-    windows share frames, runs (G, N, ...), and at (B, T) says which of the G * N is at a window's step."""
-    return runs[:, steps] if at is None else runs.flatten(0, 1)[at[:, steps]]
+def pick(runs, frame_at, steps):
+    """Timesteps `steps` (V,) of B windows -> (B, V, ...). frame_at None: runs (B, T, ...) are the windows.
+    Else windows share frames: frame_at (B, T) is each step's index, 0 .. G * N - 1, in runs (G, N, ...)."""
+    return runs[:, steps] if frame_at is None else runs.flatten(0, 1)[frame_at[:, steps]]
 
 
 # ------------------------------------------------------------------------------------------- resampler
@@ -215,8 +215,8 @@ class ResamplerLayer(nn.Module):
         return latents + self.mlp(self.norm_mlp(latents))
 
     def forward(self, latents, patches):
-        """Keys and values are never computed: q . (Wk x) is (Wk^T q) . x, and a mean of all Wv x is Wv times
-        the mean of all x. With 36 queries (heads x latents) for 205 tokens that is a ninth of the work.
+        """Keys and values are never computed: q . (Wk x) is (Wk^T q) . x, and a weighted mean of all Wv x is
+        Wv times that mean of all x. 36 queries (heads x latents) for 205 tokens: a ninth of the work.
         """
         h = self.norm_latents(latents)
         seen = torch.cat([self.norm_patches(patches), h], 1)                             # (N, P + L, Dv)
@@ -322,8 +322,8 @@ class DecoderBlock(nn.Module):
         self.mlp = mlp(width, nn.GELU())
 
     def forward(self, x, blanks=None):
-        """x (N, M, D) -> (N, M, D). blanks (P, D): mask tokens that follow each of the N, -> (N, M + P, D);
-        they are equal for all, so that their q, k and v are computed once.
+        """x (N, M, D) -> (N, M, D). blanks (P, D): mask tokens, appended to the M tokens of each of the N ->
+        (N, M + P, D). They are the same for all N, so their q, k and v are computed once.
         """
         qkv = self.qkv(self.norm1(x))
         if blanks is not None:
@@ -402,13 +402,13 @@ class GR1(nn.Module):
 
     def init_weights(self):
         """One table of initial spreads; biases 0, norms 1, frozen encoders untouched. It is ours: the paper
-        does not say, and the official code takes torch's defaults.
+        does not say, and the official code takes the defaults of torch and, in its trunk, of GPT-2.
 
         Linear maps keep the variance of their input (1 / sqrt(fan in)), except:
             embed_language       1             its input has length 1, so every feature is about 1 / sqrt(Dt)
             embed_arm            5, 0.1        decimetres must matter beside a wrist that hangs at pi rad
             ends of residuals    / sqrt(2 n)   n blocks add up
-            learned tokens       0.02          they are normalised before use
+            learned tokens       0.02          as GPT-2's embeddings and MAE's mask token
             vision.identity      1             the tiny preset's keypoints must differ from the start
         """
         frozen = tuple(f"{name}." for name in self.frozen())
@@ -461,8 +461,8 @@ class GR1(nn.Module):
     # ---- the model
     def forward(self, pixels, sentences, robot_obs=None, mask=None, video_at=None, frame_at=None):
         """pixels: {camera: (B, T, 3, S, S)}, see to_pixels; sentences: B strings; robot_obs: (B, T, 15);
-        mask: bool (B, T), real steps first; video_at (V,): the timesteps to ask [OBS] at, None for all T;
-        frame_at (B, T): where windows share frames, see pick; pixels then hold each shared run once.
+        mask: bool (B, T), False for padding behind the real steps; video_at (V,): timesteps to ask [OBS] at,
+        None for all T; frame_at (B, T): for windows that share frames, see pick; pixels are (G, N, ...) then.
         Returns what the config asks for: arm (B, T, K, 6), gripper logits (B, T, K), and of each camera the
         future frame's pixels (B, V, P, patch^2 * 3).
         """
@@ -515,8 +515,8 @@ class GR1(nn.Module):
     def from_pretrained(cls, path, config=None, vision=None, text=None):
         """Load a checkpoint and print what was done with each of its tensors. Their names say what it is:
         ours (train.py's), the authors' GR-1 (bytedance/GR-1, snapshot_*.pt) or their Ego4D pre-training
-        (bytedance/GR-MG, pretrained.pt, which leaves the robot's parts fresh). config: in place of the stored
-        one, or of gr1's where none is. vision, text: see build_encoders. Raises nanogr.common.UserError."""
+        (bytedance/GR-MG, pretrained.pt, which leaves the robot's parts fresh). config: used instead of the
+        stored one; None and none stored: gr1's. vision, text: see build_encoders. Raises UserError."""
         from nanogr import encoders, weights             # here: the model itself needs no other file of ours
         stored, state = weights.read_config(path), weights.read_checkpoint(path)
         config = config or GR1Config.from_dict(stored.get("model", {}))
@@ -531,15 +531,15 @@ def losses(out, batch, pixels, config, counts=(None, None)):
     video (mean squared error), each a mean over the steps that have a target.
 
     out: of GR1.forward; batch: from nanogr.clips.Windows; pixels: {camera: (B, T + future, 3, S, S)}, what
-    the model saw and the frames behind it. counts: divide by these, not by the batch's own numbers of known
-    actions and known future frames; training on several processes gives the means over all of them.
+    the model saw and the frames behind it. counts: numbers of known actions and of known future frames to
+    divide by, instead of the batch's own: where several processes share a step, their mean over all of them.
     """
     named, at = {}, batch["video_at"]
     if config.robot:
         target, mask = batch["rel_actions"], batch["action_mask"]                 # (B, T, K, 7), (B, T, K)
-        arm = F.smooth_l1_loss(out["arm"], target[..., :6], reduction="none")
+        arm = F.smooth_l1_loss(out["arm"], target[..., :-1], reduction="none")
         named["arm"] = masked_mean(arm, mask, counts[0])
-        opened = (target[..., 6] > 0).float()
+        opened = (target[..., -1] > 0).float()
         gripper = F.binary_cross_entropy_with_logits(out["gripper"], opened, reduction="none")
         named["gripper"] = masked_mean(gripper, mask, counts[0])
     if config.video:
@@ -551,9 +551,9 @@ def losses(out, batch, pixels, config, counts=(None, None)):
 
 
 def total_loss(named, arm=100.0, gripper=1.0, video=1.0):
-    """What is minimised: arm * L_arm + gripper * L_gripper + video * (L_static camera + L_gripper camera).
-    The paper weighs 1 : 1 : 1. Ours are called official in EDiRobotics/GR1-Training: an arm's error, in
-    actions of at most 1, soon is hundredths where the other losses are tenths, and would hardly count.
+    """What is minimised: arm * L_arm + gripper * L_gripper + video * L_video, summed over the cameras.
+    The paper weighs 1 : 1 : 1. The defaults are what EDiRobotics/GR1-Training, a third party's code, names as
+    the authors'. An arm's error soon is hundredths where the others are tenths: with 1 it would hardly count.
     """
     weights = {"arm": arm, "gripper": gripper}
     return sum(weights.get(name, video) * value for name, value in named.items())
@@ -571,7 +571,7 @@ def masked_mean(values, mask, count=None):
     """Sum of values (B, T, ...) over the steps where mask (B, T, ...) holds, by their number or `count`."""
     values = values.flatten(mask.dim()).mean(-1) if values.dim() > mask.dim() else values
     count = mask.sum().float() if count is None else count
-    return (values * mask).sum() / count.clamp(min=1e-6)             # a mean over parts may well be below 1
+    return (values * mask).sum() / count.clamp(min=1e-6)      # not min=1: processes' mean count may be 0.5
 
 
 # ---------------------------------------------------------------------------------- settings that fail

@@ -194,8 +194,8 @@ def mask():
     may = attention_mask(steps, len(context), [t for t in range(steps) for _ in queries])
     rows = [*context * steps, *queries * steps]
     sheet = Sheet(150 + cell * may.shape[1] + 180, 60 + cell * len(rows) + 12)
-    sheet.text(150, 6, "may be looked at: context tokens of t0, then of t1", 12)
-    sheet.text(10, 34, "look", 12)
+    sheet.text(150, 18, "columns: what it may look at, the context of t0, then of t1", 12)
+    sheet.text(10, 18, "rows: a token", 12)
     for i, name in enumerate(context * steps):
         sheet.box(150 + cell * i, 44, cell - 1, 9, colour(name))
     for i, name in enumerate(rows):
@@ -211,8 +211,8 @@ def mask():
     for i, (name, fill) in enumerate(COLOURS.items()):
         sheet.box(x, 60 + 22 * i, 14, 14, fill)
         sheet.text(x + 20, 60 + 22 * i, name, 12)
-    sheet.text(x, 210, "No column for queries:\nthey hold nothing of\nthe world, so nobody\n"
-               "may look at them, not\neven they themselves.", 12)
+    sheet.text(x, 210, "No column for queries:\nno token may look at\na query, not even\n"
+               "the query itself.", 12)
     sheet.save("mask")
 
 

@@ -20,7 +20,7 @@ BREAKS = [
      "future_mask=steps + self.F <= lengths[:, None]", "test_window_masks"),
     (2, "model.py", "column[None, :] // context <= query_steps[:, None]",
      "column[None, :] // context < query_steps[:, None]", "test_mask_is_the_drawn_one"),
-    (4, "model.py", "opened = (target[..., 6] > 0).float()", "opened = (target[..., 6] < 0).float()",
+    (4, "model.py", "opened = (target[..., -1] > 0).float()", "opened = (target[..., -1] < 0).float()",
      "test_losses_by_hand"),
     (5, "model.py", 'changes.get("future", 1)', 'changes.get("future", 3)', "test_token_table"),
     (6, "nanogr/worlds/tabletop.py", "observations.append(world.step(action, render))",

@@ -51,8 +51,8 @@ def pack(directory):
             actions[:-1, :3] = np.clip(np.diff(poses[:, :3], axis=0) / METRES, -1, 1)
             actions[:-1, 3:6] = np.clip(turn / RADIANS, -1, 1)
             actions[:-1, 6] = command[1:]
-            # An eighth number (a second gripper, a base): ACTION_DIM in nanogr/clips.py, an output of
-            # ActionHead and the slice [..., :6] in losses (model.py), to_action in nanogr/policy.py.
+            # An eighth number (a base, say) goes before the gripper's, which stays last: ACTION_DIM = 8 in
+            # nanogr/clips.py, and nn.Linear(half, 7) for the arm in ActionHead (model.py).
             frames = {"rgb_static": static, "rgb_gripper": wrist}
             shard.add(frames, sentence, task, episode, robot_obs, actions)
     clips.write_meta(directory, source="my robot", fps=HZ, command="python course/your_robot.py")

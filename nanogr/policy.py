@@ -89,7 +89,7 @@ def act_together(policies, observations, sentences):
     for i, (policy, sentence) in enumerate(zip(policies, sentences)):
         policy.remember({c: x[i:i + 1] for c, x in frames.items()}, images[i], states[i], sentence)
         by_length[len(policy.history)].append(i)
-    arm = np.empty((len(policies), config.chunk, 6), np.float32)
+    arm = np.empty((len(policies), config.chunk, model.action_head.arm.out_features), np.float32)
     gripper = np.empty((len(policies), config.chunk), np.float32)
     for rows in by_length.values():
         answers = model.action_head(ask([policies[i] for i in rows], model.query_act))

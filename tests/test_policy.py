@@ -56,3 +56,19 @@ def test_policy_equals_the_full_forward(changes):
     action = acting.step(history[0], "x")
     assert action.dtype == np.float32 and action.shape == (7,) and action[6] in (-1, 1)
     assert np.abs(action[:6]).max() > 1                        # not cut off: the official evaluation doesn't
+
+
+def test_an_eighth_number_of_an_action():
+    """Catches an action's length written by hand: README says where an eighth number goes."""
+    model = small_model()
+    model.action_head.arm = torch.nn.Linear(model.config.width // 2, 7)
+    observation = dict(dict.fromkeys(CAMERAS, np.zeros((32, 32, 3), np.uint8)), robot_obs=np.zeros(15))
+    action = policy.Policy(model).step(observation, "open the drawer")
+    assert action.shape == (8,) and action[7] in (-1, 1)
+    frames = {c: torch.zeros(1, 4 + model.config.future, 3, 32, 32) for c in CAMERAS}
+    out = model({c: x[:, :4] for c, x in frames.items()}, ["open the drawer"], torch.zeros(1, 4, 15))
+    batch = dict(rel_actions=torch.ones(1, 4, 1, 8), action_mask=torch.ones(1, 4, 1, dtype=torch.bool),
+                 future_mask=torch.ones(1, 4, dtype=torch.bool), video_at=torch.arange(4))
+    named = gr1.losses(out, batch, frames, model.config)
+    assert same(named["arm"], torch.nn.functional.smooth_l1_loss(out["arm"], batch["rel_actions"][..., :7]))
+    assert same(named["gripper"], -torch.nn.functional.logsigmoid(out["gripper"]).mean())
