@@ -16,7 +16,7 @@ Glossary of shapes
     D  model width    R  query tokens of the window      K  actions of a chunk
     P  patches        V  timesteps that [OBS] asks at    L  latents of the resampler
     N  images         S  side of an image [px]           Dv, Dt  features of the image, text encoder
-    M  any tokens     E  their features                  G  runs of frames that windows share, see pick
+    M  any tokens     E  their features                  G  runs of N frames that windows share, see pick
 """
 import argparse
 import dataclasses
@@ -119,8 +119,8 @@ def attention_mask(steps, context, query_steps, device=None):
     Rows are all context tokens, then the queries, each at its timestep of query_steps (R,). Context is causal
     token by token: a state sees the sentence of its step, not the other way round. A query sees every context
     token up to its own step. No token sees a query, not even the query itself: the official code forbids it,
-    for a query is only a question. So queries have no columns here, and any of them can be asked or left out
-    without changing another token's value: no [ACT] in pre-training, no [OBS] when acting.
+    for a query is only a question. Its weight in any softmax would be 0, so queries have no columns here, and
+    any can be left out without changing another token: [ACT] in pre-training, [OBS] when acting.
 
     Two steps of three context tokens (a b c) and two queries ([A] [O]) each:
 
@@ -178,7 +178,7 @@ def to_pixels(frames, side):
 
 
 def attend(q, k, v, heads, mask=None, dropout=0.0):
-    """Multi-head attention of q (B, R, E) over k, v (B, M, E); mask bool (B, 1, R, M), True = may attend."""
+    """Multi-head attention of q (B, ., E) over k, v (B, M, E); mask bool (B, 1, ., M), True = may attend."""
     q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))     # (B, heads, ., E / heads)
     x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     return x.transpose(1, 2).flatten(2)
@@ -216,7 +216,7 @@ class ResamplerLayer(nn.Module):
 
     def forward(self, latents, patches):
         """Keys and values are never computed: q . (Wk x) is (Wk^T q) . x, and a weighted mean of all Wv x is
-        Wv times that mean of all x. 36 queries (heads x latents) for 205 tokens: a ninth of the work.
+        Wv times that mean of all x. 36 queries (heads x latents) for 205 tokens: a ninth of that work.
         """
         h = self.norm_latents(latents)
         seen = torch.cat([self.norm_patches(patches), h], 1)                             # (N, P + L, Dv)
@@ -272,7 +272,7 @@ class TrunkBlock(nn.Module):
 
 
 class Trunk(nn.Module):
-    """The GPT. No position embedding: the official code disables GPT-2's, timesteps carry the only order."""
+    """The GPT. No position embedding (official code disables GPT-2's): timestep and mask tell the order."""
     def __init__(self, config):
         super().__init__()
         self.embed_norm = nn.LayerNorm(config.width)
@@ -461,7 +461,7 @@ class GR1(nn.Module):
     # ---- the model
     def forward(self, pixels, sentences, robot_obs=None, mask=None, video_at=None, frame_at=None):
         """pixels: {camera: (B, T, 3, S, S)}, see to_pixels; sentences: B strings; robot_obs: (B, T, 15);
-        mask: bool (B, T), False for padding behind the real steps; video_at (V,): timesteps to ask [OBS] at,
+        mask: bool (B, T), False for padding after the real steps; video_at (V,): timesteps to ask [OBS] at,
         None for all T; frame_at (B, T): for windows that share frames, see pick; pixels are (G, N, ...) then.
         Returns what the config asks for: arm (B, T, K, 6), gripper logits (B, T, K), and of each camera the
         future frame's pixels (B, V, P, patch^2 * 3).
@@ -516,7 +516,7 @@ class GR1(nn.Module):
         """Load a checkpoint and print what was done with each of its tensors. Their names say what it is:
         ours (train.py's), the authors' GR-1 (bytedance/GR-1, snapshot_*.pt) or their Ego4D pre-training
         (bytedance/GR-MG, pretrained.pt, which leaves the robot's parts fresh). config: used instead of the
-        stored one; None and none stored: gr1's. vision, text: see build_encoders. Raises UserError."""
+        stored one; None and none stored: gr1's. vision, text: see build_encoders. Raises common.UserError."""
         from nanogr import encoders, weights             # here: the model itself needs no other file of ours
         stored, state = weights.read_config(path), weights.read_checkpoint(path)
         config = config or GR1Config.from_dict(stored.get("model", {}))
@@ -531,8 +531,8 @@ def losses(out, batch, pixels, config, counts=(None, None)):
     video (mean squared error), each a mean over the steps that have a target.
 
     out: of GR1.forward; batch: from nanogr.clips.Windows; pixels: {camera: (B, T + future, 3, S, S)}, what
-    the model saw and the frames behind it. counts: numbers of known actions and of known future frames to
-    divide by, instead of the batch's own: where several processes share a step, their mean over all of them.
+    the model saw and the frames after it. counts: how many actions and how many future frames are known, to
+    divide by; None: in this batch. Processes that share a step give their mean: all frames weigh the same.
     """
     named, at = {}, batch["video_at"]
     if config.robot:
