@@ -209,9 +209,8 @@ def write_meta(directory, source, fps, command, **extra):
     meta = dict(format_version=FORMAT_VERSION, source=source, cameras=kinds[0][0], fps=fps, counts=counts,
                 has_actions=kinds[0][1], tasks=dict(sorted(tasks.items())), command=command, **extra)
     write_whole(directory / "meta.json", json.dumps(meta, indent=1).encode())
-    for kind in "bin", "npz":                          # of killed writers: all shards are done by now
-        for stale in directory.glob(f"*.{kind}.*.tmp"):
-            stale.unlink(missing_ok=True)
+    for stale in directory.glob("[0-9]*.*.tmp"):       # of killed writers: all shards are done by now
+        stale.unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------------------------- reading
@@ -381,7 +380,7 @@ def share_of_tasks(clips, ids, fraction, seed=0):
     ids = np.random.default_rng(seed).permutation(ids)
     tasks = np.array(clips.tasks)[ids]
     names = np.unique(tasks)
-    average = min(len(ids) / len(names), 660 if names.any() else np.inf)     # video has no tasks: one, ""
+    average = min(len(ids) / len(names), 660 if any(names) else np.inf)       # video has no tasks: one, ""
     chosen = [ids[tasks == name][:max(1, round(fraction * average))] for name in names]
     return np.sort(np.concatenate(chosen))
 

@@ -205,7 +205,8 @@ def annotate(split, segments, core=b"numpy._core"):
                     emb=np.zeros((len(segments), 1, 384), np.float32))
     content = np.array(dict(language=language, info=dict(indx=segments, episodes=[])), object)
     path = split / "lang_annotations/auto_lang_ann.npy"
-    path.write_bytes(HEADER + pickle.dumps(content, 3).replace(b"numpy._core", core))
+    pickled = pickle.dumps(content, 3).replace(b"numpy._core", b"numpy.core")
+    path.write_bytes(HEADER + pickled.replace(b"numpy.core", core))
     assert core + b".multiarray" in path.read_bytes()
 
 
