@@ -1,11 +1,12 @@
 # make demo: from nothing to a trained policy and pictures of what it foresees. make test: the tests.
 PYTHON ?= python3
 VENV := .venv
+REQUIREMENTS := requirements.txt
 ON := . $(VENV)/bin/activate &&
 
-$(VENV)/ready: requirements.txt pyproject.toml bin/torchrun
+$(VENV)/ready: $(REQUIREMENTS) pyproject.toml bin/torchrun
 	$(PYTHON) -m venv $(VENV)
-	$(ON) pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(ON) pip install --quiet --disable-pip-version-check -r $(REQUIREMENTS)
 	touch $@
 
 demo: $(VENV)/ready

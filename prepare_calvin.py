@@ -22,6 +22,7 @@ knows nothing of files.
 """
 import collections
 import datetime
+import fnmatch
 import functools
 import io
 import json
@@ -43,10 +44,15 @@ from nanogr.common import Parser, UserError, check_apart, cores, parse_part, run
 SHARD = 64                                             # segments; about 4,000 frames, 100 MB
 CAMERAS = dict(rgb_static=(200, 200, 3), rgb_gripper=(84, 84, 3))
 STATES, ACTIONS = (15,), (7,)
+MOST = 1 << 24                                         # bytes of one of a frame's arrays
 MENDED = datetime.date(2022, 9, 16)                    # annotations of ABC and ABCD are wrong before that day
 ZIP_WORKERS = 4                                        # each holds the zip's list of files: a GB or two
 DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)     # zipfile says so
 Segment = collections.namedtuple("Segment", "first last sentence task episode")        # last is included
+
+
+class Misshapen(ValueError):
+    """A frame's array has not CALVIN's shape and type."""
 
 
 class Folder:
@@ -64,6 +70,10 @@ class Folder:
     def exists(self, name):
         return (self.path / name).exists()
 
+    def beside(self, glob):
+        """The names that match."""
+        return [path.relative_to(self.path).as_posix() for path in self.path.glob(glob)]
+
     def date(self, name):
         return datetime.date.fromtimestamp((self.path / name).stat().st_mtime)
 
@@ -74,23 +84,37 @@ class Folder:
         return [split for split in ("training", "validation") if self.exists(split)
                 or self.exists(f"{split}/ep_start_end_ids.npy")]
 
+    def annotation(self, split):
+        """The name of a split's annotations: the usual, or those with another language model's embeddings,
+        which differ in nothing else; None without any."""
+        usual = f"{split}/lang_annotations/auto_lang_ann.npy"
+        if self.exists(usual):
+            return usual
+        return min(self.beside(f"{split}/lang_*/auto_lang_ann.npy"), default=None)
+
     def recordings(self, split):
         """int64 (n, 2): first and last frame of each recording, in order."""
         return load_recordings(self, f"{split}/ep_start_end_ids.npy")
 
     def annotations(self, split):
         """(sentences, tasks, int64 (n, 2) first and last frames)."""
-        return load_annotations(self, f"{split}/lang_annotations/auto_lang_ann.npy")
+        name = self.annotation(split)
+        if not name:
+            raise UserError(f"{self.path / split}/lang_annotations/auto_lang_ann.npy is missing: only "
+                            "annotated segments can be packed")
+        return load_annotations(self, name)
 
     def annotated(self, split):
         """The annotations' date, or None if nobody knows."""
-        return self.date(f"{split}/lang_annotations/auto_lang_ann.npy")
+        return self.date(self.annotation(split))
 
     def frame(self, split, number, keys):
         """{key: array} of one frame, nothing checked; ValueError with the reason if it can't be had."""
         try:
             with self.open(f"{split}/episode_{number:07d}.npz") as file, \
                     np.load(file, allow_pickle=False) as content:
+                if any(content.zip.getinfo(f"{key}.npy").file_size > MOST for key in keys if key in content):
+                    raise ValueError(f"more than {MOST >> 20} MB for an array")
                 return {key: content[key] for key in keys}
         except FileNotFoundError:
             raise ValueError("a frame is missing") from None
@@ -111,6 +135,10 @@ class Zip(Folder):
             raise UserError(f"{path} is no whole zip ({error}): finish the download") from None
         ends = [name for name in self.zip.namelist() if name.endswith("/ep_start_end_ids.npy")]
         self.top = ends[0].rpartition("/")[0].rpartition("/")[0] if ends else ""
+        before = min((entry.header_offset for entry in self.zip.infolist()), default=0)
+        if before:
+            print(f"{path}: {before:,} bytes stand before the archive; another zip there is not read: give "
+                  "each as a file of its own")
 
     def find(self, name):
         try:
@@ -120,11 +148,17 @@ class Zip(Folder):
 
     def open(self, name):
         found = self.find(name)
+        if found.file_size > 1 << 30:
+            raise UserError(f"{self.path}: {name} in it claims {found.file_size:,} bytes: download it again")
         try:
             return io.BytesIO(self.zip.read(found))
         except DAMAGED as error:
             raise UserError(f"{self.path}: {name} in it is damaged ({error!r}): download it again"
                                    ) from None
+
+    def beside(self, glob):
+        names = (name.removeprefix(f"{self.top}/") for name in self.zip.NameToInfo)
+        return [name for name in names if fnmatch.fnmatchcase(name, glob)]
 
     def exists(self, name):
         return any(f"{self.top}/{name}{end}".lstrip("/") in self.zip.NameToInfo for end in ("", "/"))
@@ -194,8 +228,19 @@ def scalar_from_bytes(plain, values):
     return array_from_bytes(values, plain, (), "C")[()]
 
 
+class Nothing:
+    """Stands for what PyTorch would make, a tensor of embeddings: takes anything, does nothing with it."""
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, _):
+        pass
+
+
 class SafeUnpickler(pickle.Unpickler):
-    """Builds dicts, lists, tuples, strings, numbers, and numpy's scalars and arrays of these.
+    """Builds dicts, lists, tuples, strings, numbers, and numpy's scalars and arrays of these; Nothing, for
+    PyTorch's tensors.
 
     A pickle runs code by naming what to call: if it names anything but numpy's constructors it is refused,
     before any call. Nor are numpy's own called, for they believe the file: if it says of a dtype of objects
@@ -205,12 +250,16 @@ class SafeUnpickler(pickle.Unpickler):
     STAND_INS = {("numpy", "ndarray"): None, ("numpy", "dtype"): PlainType,
                  ("numpy.core.multiarray", "_reconstruct"): empty_array,
                  ("numpy.core.multiarray", "scalar"): scalar_from_bytes,
-                 ("numpy.core.numeric", "_frombuffer"): array_from_bytes}
+                 ("numpy.core.numeric", "_frombuffer"): array_from_bytes,
+                 ("collections", "OrderedDict"): dict}
 
     def find_class(self, module, name):
         key = module.replace("numpy._core.", "numpy.core."), name              # numpy 2's and numpy 1's
+        if module.partition(".")[0] == "torch":
+            return Nothing
         if key not in self.STAND_INS:
-            raise UserError(f"refused, for it names {f'{module}.{name}'!r}, which no annotation needs")
+            raise UserError(f"refused, for it names {f'{module}.{name}'!r}, which no annotation needs: save "
+                            "language.ann, language.task and info.indx alone, as lists")
         return self.STAND_INS[key]
 
 
@@ -223,9 +272,7 @@ def load_annotations(source, name):
             formats[np.lib.format.read_magic(file)](file)
             content = SafeUnpickler(file).load().item()
         language, pairs = content["language"], np.array(content["info"]["indx"], np.int64).reshape(-1, 2)
-        sentences, tasks = [str(x) for x in language["ann"]], [str(x) for x in language["task"]]
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: only annotated segments can be packed") from None
+        sentences, tasks = ([str(x) for x in language[key] if isinstance(x, str)] for key in ("ann", "task"))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (OSError, pickle.UnpicklingError, AttributeError, IndexError, KeyError, TypeError, ValueError,
@@ -265,10 +312,11 @@ def read_frame(source, split, number, actions):
     """Return {key: array} for one frame; ValueError with the reason if it can't be used."""
     rows = {"robot_obs": STATES, actions: ACTIONS}
     frame = source.frame(split, number, [*CAMERAS, *rows])
-    if any(frame[key].shape != shape for key, shape in (CAMERAS | rows).items()) \
-            or any(frame[key].dtype != np.uint8 for key in CAMERAS) \
-            or any(frame[key].dtype.kind != "f" for key in rows):
-        raise ValueError("a frame has a wrong shape or type")
+    for key, shape in (CAMERAS | rows).items():
+        kind, found = "u" if key in CAMERAS else "f", frame[key]
+        if found.shape != shape or found.dtype.kind != kind or kind == "u" and found.dtype != np.uint8:
+            wanted = "uint8" if kind == "u" else "floats"
+            raise Misshapen(f"a frame's {key} is {found.dtype} {found.shape}, not {wanted} {shape}")
     if not all(np.isfinite(frame[key]).all() for key in rows):
         raise ValueError("a frame has a number that is not finite")
     return frame
@@ -361,6 +409,30 @@ def is_same(data, i, raw):
             and (data.sentences[i], data.tasks[i]) == (raw["sentence"], raw["task"]))
 
 
+def usable_splits(source, args):
+    """Those of training and validation that can be packed; prints what is not there. UserError if that is all
+    there is, or if a split's very first frame is misshapen, for so will be the others."""
+    splits, usable = source.splits(), []
+    if not splits:
+        other = clips.looks_like(args.dataset) or "no CALVIN data set"
+        raise UserError(f"{args.dataset} has no training/ or validation/: {other}")
+    for split in "training", "validation":
+        if split not in splits or len(splits) > 1 and not source.annotation(split):
+            lacks = f"{split}/lang_annotations" if split in splits else f"{split}/"
+            print(f"{args.dataset}: no {lacks} in it, so {split} is left out")
+            continue
+        usable.append(split)
+        firsts = source.annotations(split)[2][:1, 0]
+        try:
+            for number in firsts:
+                read_frame(source, split, number, args.actions)
+        except Misshapen as problem:
+            raise UserError(f"{args.dataset}, {split}: {problem}; resize or convert them first") from None
+        except ValueError:                                     # packing counts it
+            pass
+    return usable
+
+
 def parse():
     parser = Parser(description="Pack CALVIN's language-annotated segments into clips.")
     parser.add_argument("dataset", type=pathlib.Path, help="a directory or .zip with training/, validation/")
@@ -386,9 +458,7 @@ def parse():
 def main():
     args, failed = parse(), False
     check_apart(args.out, args.dataset)
-    splits = open_source(args.dataset).splits()
-    if not splits:
-        raise UserError(f"{args.dataset} has no training/ or validation/: no CALVIN data set")
+    splits = usable_splits(open_source(args.dataset), args)
     for split in splits:
         if args.verify:
             failed |= verify(args, split)

@@ -61,6 +61,7 @@ SCALER = VideoReformatter()                            # one for all: frame.refo
 BEGINNING = 20                                         # s; so much is decoded where seeking fails
 RAW = {"h264", "hevc", "vvc", "av1", "m4v", "mpegvideo", "obu"}        # formats of nothing but pictures
 NOTES = {"h264": "6", "hevc": "39|40"}                 # kinds of units beside the pictures: SEI messages
+PIXELS = 1 << 27                                       # most of a picture: 16384 x 8192
 TAGS = dict(metadata_errors="ignore") if int(av.__version__.split(".")[0]) < 19 else {}   # 19: always so
 WEARER = re.compile(r"\A\s*#\s*C\s*C\s+", re.IGNORECASE)               # also written "# C C", "#c C", "#CC"
 
@@ -280,6 +281,8 @@ class Reader:
         codec, kind = self.stream and self.stream.codec_context, self.container.format.name
         why = ("no video in it, or it is cut off" if not self.stream else
                "no decoder for its codec" if not codec else
+               f"it claims pictures of {codec.width} x {codec.height} px"
+               if codec.width * codec.height > PIXELS else
                f"raw {kind} tells no times; wrap it: ffmpeg -framerate 30 -i {self.path.name} "
                "-c copy NAME.mp4, with its true rate" if kind in RAW else "")
         if why:
@@ -287,7 +290,7 @@ class Reader:
             raise ValueError(why)
         self.stream.thread_type, codec.thread_count = "NONE", 1        # a worker, a core
         # By default H.264's decoder patches over damage, and nobody would know.
-        codec.options = {"err_detect": "explode"}
+        codec.options = {"err_detect": "explode", "max_pixels": str(PIXELS)}
         self.start, self.unit = self.stream.start_time or 0, float(self.stream.time_base)
         self.counted = kind == "avi"                   # whose packets tell when to decode, not when to show
         self.filter = None

@@ -239,7 +239,8 @@ def set_up():
         size = here = slots
     elif gpu and here > count:
         raise UserError(f"{here} processes on a machine with {count} GPUs: --nproc {count}")
-    device = torch.device("cuda", local) if gpu else torch.device("cpu")
+    mac = size == 1 and torch.backends.mps.is_available()                  # gloo, for several, knows no MPS
+    device = torch.device("cuda", local) if gpu else torch.device("mps" if mac else "cpu")
     if gpu:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
@@ -305,7 +306,8 @@ def leave_group(worker):
     """A terminal's Ctrl-C, or a queue's SIGTERM to every process, is for the run to obey, which then ends its
     loader's workers.
     """
-    os.setsid()
+    if hasattr(os, "setsid"):                            # not on Windows
+        os.setsid()
     if signal.getsignal(signal.SIGTERM) is ask_to_stop:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -599,7 +601,7 @@ class Later:
     """Values of a small tensor, for later: the call waits for their copy, not for what was asked since."""
 
     def __init__(self, tensor):
-        self.copy, self.ready = tensor.to("cpu", non_blocking=True), None       # from a GPU: to pinned memory
+        self.copy, self.ready = tensor.to("cpu", non_blocking=tensor.is_cuda), None     # to pinned memory
         if tensor.is_cuda:
             self.ready = torch.cuda.Event()
             self.ready.record()
@@ -610,12 +612,25 @@ class Later:
         return self.copy.tolist()
 
 
+def start_wandb(config, world):
+    """What sends figures to Weights & Biases, if --wandb asks for it: [function of step and figures]."""
+    if not (config.wandb and world.main):
+        return []
+    import wandb
+    try:
+        wandb.init(project="nanogr", name=config.out, config=dataclasses.asdict(config))
+    except Exception as error:                           # its own kinds: no key, no network, no such project
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"--wandb: {said[0]}: run `wandb login`, or leave --wandb out") from None
+    return [lambda step, figures: wandb.log(figures, step=step)]
+
+
 class Log:
     """Prints lines of figures; the first process also keeps them in log.jsonl, and elsewhere if asked."""
 
-    def __init__(self, config, first, world):
-        """What a run that broke off had logged after step `first` is dropped."""
-        self.world, self.others, self.open = world, [], []
+    def __init__(self, config, first, world, others=()):
+        """What a run that broke off had logged after step `first` is dropped. others: see start_wandb."""
+        self.world, self.others, self.open = world, [*others], []
         path = pathlib.Path(config.out, "log.jsonl")
         if not world.main:
             return
@@ -624,10 +639,6 @@ class Log:
         write_whole(path, "".join(whole).encode())
         self.file = open(path, "a")
         self.open.append(self.file)
-        if config.wandb:
-            import wandb
-            wandb.init(project="nanogr", name=config.out, config=dataclasses.asdict(config))
-            self.others.append(lambda step, figures: wandb.log(figures, step=step))
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             writer = SummaryWriter(config.out)
@@ -774,16 +785,17 @@ def follow_launcher():
 def train(config, changes, world):
     """The whole run: data, model, steps."""
     check_batch(config, world)
-    data, ids, *others = find_data(config, world)
+    data, ids, *apart = find_data(config, world)
     config.resume = config.resume and can_resume(config, world)
     model = build(config, changes, world)
     places = int(np.maximum(1, data.lengths[ids] - model.config.window + 1).sum())
     config.steps, config.epochs = config.steps or math.ceil(config.epochs * places / config.batch), 0.0
     windows = training_windows(data, ids, config, model.config)
-    held_out = held_out_windows(*others, config, model.config, world)
-    if world.main:                                       # no mistake of the user's comes later
+    held_out = held_out_windows(*apart, config, model.config, world)
+    if world.main:
         os.makedirs(config.out, exist_ok=True)
         held = lock(os.path.join(config.out, ".lock"))
+    others = start_wandb(config, world)                  # no mistake of the user's comes later
     if not config.resume:
         clear_out(config.out, world)
     learner = equip(model, config, world)
@@ -793,8 +805,8 @@ def train(config, changes, world):
     world.print(f"model: {json.dumps(dataclasses.asdict(model.config))}")
     world.print(f"train: {json.dumps(dataclasses.asdict(config))}")
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    apart = held_out.clips is not data or not np.isin(held_out.ids, ids).any()
-    said = f"{len(held_out.ids)} clips held out" if apart else "none held out, for all are of one recording"
+    own = held_out.clips is not data or not np.isin(held_out.ids, ids).any()
+    said = f"{len(held_out.ids)} clips held out" if own else "none held out, for all are of one recording"
     world.print(f"{parameters:,} trained parameters; {len(ids)} clips, {places:,} windows, {said}; "
                 f"{config.steps} steps of {config.batch} windows ({config.steps * config.batch / places:.1f} "
                 f"epochs); {world.size} x {world.device.type}, {precision(config, world)}")
@@ -802,7 +814,7 @@ def train(config, changes, world):
         sheet = draw_batch(windows[0, 0, world.size * config.accumulate], model.config)
         Image.fromarray(sheet).save(os.path.join(config.out, "first_batch.png"))
     loader = batches(windows, range(progress.step, config.steps), config.accumulate, world, config.workers)
-    log = Log(config, progress.step, world)
+    log = Log(config, progress.step, world, others)
     model.train()
     try:
         run(progress, learner, loader, config, held_out, world, log)

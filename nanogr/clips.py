@@ -54,14 +54,16 @@ FORMAT_VERSION = 1
 COUNTED = ("shards", "clips", "frames", "bytes")
 MOST = 8192                                            # px of a picture's side
 # What people give in place of a data set, told by a file of it, and what to do with it.
-PACK = "it is raw CALVIN: pack it with prepare_calvin.py DIR OUT, then give OUT"
-FILM = "it holds videos: pack them with prepare_ego4d.py OUT --videos DIR --captions FILE.csv, then give OUT"
+PACK = "it is raw CALVIN: prepare_calvin.py DIR OUT packs it, --data takes OUT"
+FILM = "it holds videos: prepare_ego4d.py OUT --videos DIR --captions FILE.csv packs them, --data takes OUT"
+EGO4D = "it is Ego4D: prepare_ego4d.py DIR OUT packs it, --data takes OUT"
 OTHERS = {"episode_*.npz": PACK, "ep_start_end_ids.npy": PACK, "training/ep_start_end_ids.npy": PACK,
           "validation/ep_start_end_ids.npy": PACK,
           "meta/info.json": "it has LeRobot's layout, which is not read; course/your_robot.py shows packing",
-          "narration.json": "it is Ego4D: pack it with prepare_ego4d.py, then give OUT",
-          "annotations/narration.json": "it is Ego4D: pack it with prepare_ego4d.py, then give OUT",
+          "narration.json": EGO4D, "annotations/narration.json": EGO4D,
           "model.safetensors": "it is a checkpoint: --init or --checkpoint takes it",
+          "meta.json": "it is packed already: train.py --data takes it",
+          "training/meta.json": "it is packed already: train.py --data takes it",
           **dict.fromkeys(("*.mp4", "*.mov", "*.mkv", "*.avi", "*.webm", "*.MP4", "*.MOV"), FILM)}
 OBS_DIM, ACTION_DIM = 15, 7
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -260,6 +262,11 @@ def load_shard(directory, index):
     return shard
 
 
+def looks_like(directory):
+    """What else a directory is that somebody gave, and what to do with it: a few words, or None."""
+    return next((words for glob, words in OTHERS.items() if any(pathlib.Path(directory).glob(glob))), None)
+
+
 def load_meta(directory):
     """Return what DIR/meta.json holds; UserError, with what to do, if it is not there or not ours."""
     path = pathlib.Path(directory) / "meta.json"
@@ -269,8 +276,8 @@ def load_meta(directory):
     if not path.exists() and any(path.parent.glob(SHARDS)):
         raise UserError(f"{directory}: its making was interrupted; run the same command again")
     if not path.exists():
-        found = (words for glob, words in OTHERS.items() if any(path.parent.glob(glob)))
-        raise UserError(f"{directory} has no meta.json, so it is no data set; {next(found, makers)}")
+        raise UserError(f"{directory} has no meta.json, so it is no data set; "
+                        f"{looks_like(directory) or makers}")
     meta = read_json(path, "run the command that made it again")
     version, sides = meta.get("format_version"), meta.get("cameras")
     if version != FORMAT_VERSION:
@@ -334,7 +341,8 @@ class Clips:
         offsets = self.shards[number]["offsets"][(begin + start) * C:(begin + stop) * C + 1]
         # Opened anew each time: microseconds beside the milliseconds of decoding, and no limit on open files.
         with open(self.directory / f"{number:05d}.bin", "rb", buffering=0) as file:
-            data = memoryview(os.pread(file.fileno(), int(offsets[-1] - offsets[0]), int(offsets[0])))
+            file.seek(offsets[0])
+            data = memoryview(file.read(offsets[-1] - offsets[0]))
         offsets = (offsets - offsets[0]).tolist()
         frames = {}
         for c, (name, size) in enumerate(self.cameras.items()):

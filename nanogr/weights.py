@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from nanogr.clips import looks_like
 from nanogr.common import UserError, read_json, write_whole
 
 
@@ -106,8 +107,8 @@ def read_config(path):
     if os.path.isfile(path) and not (os.path.basename(path) == "model.safetensors" and os.path.isfile(name)):
         return {}
     if not os.path.isfile(name):
-        raise UserError(f"no checkpoint in '{path}': train one with train.py, or name its directory with "
-                        "--checkpoint")
+        train = "train one with train.py, or name its directory with --checkpoint"
+        raise UserError(f"no checkpoint in '{path}': {looks_like(path) or train}")
     config = read_json(name, "take another checkpoint, or train this one again")
     if not isinstance(config.get("model"), dict):
         raise UserError(f"{name} is no checkpoint's: it has no settings under 'model'")

@@ -3,7 +3,7 @@ import ast
 import shutil
 
 from nanogr.worlds import tabletop
-from tests.helpers import ROOT, fails_in_one_line, training
+from tests.helpers import ROOT, fails_in_one_line, make_calvin, training
 
 
 def test_commands_say_what_is_wrong(tabletop_data, checkpoints, tmp_path):
@@ -16,6 +16,7 @@ def test_commands_say_what_is_wrong(tabletop_data, checkpoints, tmp_path):
     shutil.copytree(checkpoints / "finetune", damaged)
     for half, data in ("training", robot), ("validation", video):
         shutil.copytree(data, tmp_path / "halves" / half)
+    raw = make_calvin(tmp_path / "raw/training", []).parent
     (damaged / "model.safetensors").write_bytes((damaged / "model.safetensors").read_bytes()[:-8])
     for command, *needed in (["train.py"], ["eval_calvin.py"], ["sample.py"], ["-m nanogr.worlds.tabletop"],
                              ["-m nanogr.clips", "A"], ["-m nanogr.worlds.calvin"], ["-m nanogr.bench"],
@@ -56,6 +57,8 @@ def test_commands_say_what_is_wrong(tabletop_data, checkpoints, tmp_path):
             ([*start, "--precision", "fp17"], ["fp17", "bf16"]),
             ([*start, "width=64", "--init", checkpoints / "pretrain"], ["another shape", "pretrain"]),
             ([*start, "--init", video], ["videos", "no such file"]),
+            (["sample.py", "--checkpoint", raw], ["raw CALVIN", "prepare_calvin.py"]),
+            (["eval_calvin.py", "--checkpoint", robot], ["packed already", "--data"]),
             (["model.py", "--preset", "grl"], ["grl", "gr1", "tiny"]),
             (["-m nanogr.worlds.tabletop", "--make", "videos"], ["--out"]),
             (["-m nanogr.worlds.tabletop", "--scenes", "AX"], ["--scenes", "ABCD"]),

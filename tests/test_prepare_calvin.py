@@ -1,4 +1,5 @@
 """prepare_calvin.py: CALVIN's files, zips, annotations that lie."""
+import collections
 import io
 import pathlib
 import pickle
@@ -10,6 +11,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 
 import prepare_calvin
 from nanogr import clips
@@ -49,7 +51,8 @@ def test_calvin_bad_segments_are_counted(tmp_path):
     (split / "episode_0000016.npz").write_bytes(b"PK\3\4 not a zip")
     status, text = run("prepare_calvin.py", tmp_path / "raw", tmp_path / "out")
     for words in ("4 segments left out: outside", "1 segments left out: a frame is missing",
-                  "1 segments left out: a frame has a wrong", "2 segments left out: a frame can't be read",
+                  "a frame's rgb_static is uint8 (100, 100, 3), not uint8 (200, 200, 3)",
+                  "2 segments left out: a frame can't be read",
                   "1 segments left out: a frame has a number that is not finite"):
         assert words in text, text
     assert status == 0 and clips.Clips(tmp_path / "out/training").sentences == ["do 22"]
@@ -216,6 +219,48 @@ def test_annotations_load_as_they_were(tmp_path, protocol):
     for array in emb, emb[:0], emb.T, emb[::-1], np.array([True]), np.array([b"ab"]), np.array(7.0, ">f2"):
         loaded = prepare_calvin.SafeUnpickler(io.BytesIO(pickle.dumps(array, protocol))).load()
         assert loaded.dtype == array.dtype.newbyteorder("=") and np.array_equal(loaded, array)
+
+
+def test_calvin_of_other_hands(tmp_path):
+    """Catches a set that is packed in part without a word, or refused though all that is needed is there."""
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    training, validation = (make_calvin(raw / split, [(10, 12)]) for split in ("training", "validation"))
+    (training / "lang_annotations").rename(training / "lang_clip_resnet50")
+    shutil.rmtree(validation / "lang_annotations")
+    language = collections.OrderedDict(ann=["do 10"], task=["lift"], emb=torch.zeros(1, 384))
+    np.save(training / "lang_clip_resnet50/auto_lang_ann.npy", np.array(
+        dict(language=language, info=dict(indx=[(10, 12)])), object))
+    status, text = run("prepare_calvin.py", raw, out)
+    assert status == 0 and "no validation/lang_annotations in it, so validation is left out" in text, text
+    assert clips.Clips(out / "training").sentences == ["do 10"] and not (out / "validation").exists()
+    fails = lambda *words: fails_in_one_line("prepare_calvin.py", raw, tmp_path / "none", words=words)
+    frame = training / "episode_0000010.npz"
+    np.savez(frame, **dict(np.load(frame), rgb_static=np.zeros((3, 224, 224))))
+    assert fails("training: a frame's rgb_static is float64 (3, 224, 224), not uint8 (200, 200, 3)")
+    assert not (tmp_path / "none").exists()
+    for name, words in (("meta/info.json", "LeRobot"), ("x/a.txt", "no CALVIN"),
+                        ("meta.json", "packed already")):
+        path = tmp_path / name.replace("/", "-") / name
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"")
+        folder = tmp_path / name.replace("/", "-")
+        assert fails_in_one_line("prepare_calvin.py", folder, tmp_path / "none", words=[words])
+
+
+def test_calvin_zips_that_hold_more_than_they_show(tmp_path):
+    """Catches a zip behind another, of which one is lost in silence, and one that unpacks into all memory."""
+    parts = []
+    for split in "training", "validation":
+        make_calvin(tmp_path / split / "task_D_D" / split, [(10, 12)])
+        parts.append(shutil.make_archive(tmp_path / split, "zip", tmp_path / split))
+    both = tmp_path / "task_D_D.zip"
+    both.write_bytes(b"".join(pathlib.Path(part).read_bytes() for part in parts))
+    status, text = run("prepare_calvin.py", both, tmp_path / "out")
+    assert status == 0 and "bytes stand before the archive" in text and "training is left out" in text, text
+    frame = tmp_path / "training/task_D_D/training/episode_0000011.npz"
+    np.savez_compressed(frame, **dict(np.load(frame), rgb_static=np.zeros((6000, 6000, 3), np.uint8)))
+    status, text = run("prepare_calvin.py", frame.parents[1], tmp_path / "bomb")
+    assert status == 1 and "1 segments left out: a frame can't be read" in text, text
 
 
 def test_calvin_user_errors(tmp_path):

@@ -79,6 +79,7 @@ VIDEOS = dict(
     hevc={"codec": "libx265", "x265-params": "keyint=24:log-level=none"},
     vp9={"codec": "libvpx-vp9", "deadline": "realtime", "g": "128", "cpu-used": "8"},
     transport_stream=dict(format="mpegts", g="24"), long_transport_stream=dict(format="mpegts", g="250"),
+    mpeg2_transport_stream=dict(codec="mpeg2video", format="mpegts", unit=30, g="24", bf="2", qmax="2"),
     hevc_transport_stream={"codec": "libx265", "format": "mpegts", "x265-params": "log-level=none"},
     avi=dict(format="avi", unit=30, preset="medium", bf="3"), slow_camera=dict(ticks=16_000 * np.arange(30)),
     stalled=dict(ticks=np.array([*range(0, 90_000, 1000), *range(135_000, 240_000, 1000)])),
@@ -129,6 +130,14 @@ def test_ego4d_shows_what_players_show(tmp_path):
         elif a != 3:
             wanted = wanted[:, ::d, ::a]
         assert np.array_equal(pictures, wanted), (a, b, c, d)
+
+
+def test_ego4d_pictures_that_would_fill_the_memory(tmp_path, monkeypatch):
+    """Catches a file of some bytes whose pictures, by its own word, take gigabytes each."""
+    path = make_video(tmp_path / "x.mp4")
+    monkeypatch.setattr(prepare_ego4d, "PIXELS", 64 * 48 - 1)
+    (_, why), = prepare_ego4d.read_clips(path, ego4d_clips(0.5), crop=False)
+    assert why == "can't be opened: it claims pictures of 64 x 48 px"
 
 
 def test_ego4d_flaws_beside_the_pictures(tmp_path):

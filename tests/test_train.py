@@ -78,6 +78,11 @@ def test_figures_go_where_they_are_asked_for(tabletop_data, tmp_path, monkeypatc
     assert run(*command("--tensorboard"))[0] == 0
     names = [name for name, *_ in tensorboard.SummaryWriter.return_value.method_calls]
     assert "add_scalar" in names and names.index("close") == len(names) - 1
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    kept = sorted(path.name for path in tmp_path.rglob("*"))
+    wandb.init.side_effect = RuntimeError("no API key configured\nsee wandb.ai")
+    assert fails_in_one_line(*command("--wandb"), words=["no API key configured: run `wandb login`"])
+    assert sorted(path.name for path in tmp_path.rglob("*")) == kept                 # nothing was moved
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert fails_in_one_line(*command("--tensorboard"), words=["--tensorboard", "pip install tensorboard"])
 
@@ -312,6 +317,23 @@ def test_a_launcher_that_says_too_little(monkeypatch, tabletop_data, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert fails_in_one_line(*training("pretrain", tabletop_data / "videos", tmp_path / "out", future=1),
                              words=["WORLD_SIZE is 2", "torchrun"])
+
+
+def test_a_mac_or_windows(monkeypatch, tabletop_data, tmp_path):
+    """Catches a function that only Unix has, at import or in a loader's worker; half precision, compiling or
+    several processes on a Mac's GPU. Imitated: neither system is at hand.
+    """
+    for name in "pread", "setsid", "sched_getaffinity", "killpg", "fork":
+        monkeypatch.delattr(os, name, raising=False)
+    train.leave_group(0)
+    assert common.cores() >= 1
+    hidden = "import sys, os; sys.modules['fcntl'] = None\nfor x in 'pread', 'setsid': delattr(os, x)\n"
+    for script in "train", "sample", "eval_calvin", "prepare_calvin", "prepare_ego4d":
+        subprocess.run([sys.executable, "-c", f"{hidden}import {script}"], cwd=ROOT, check=True)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    world = train.set_up()
+    assert world.device.type == "mps" and train.precision(train.TrainConfig(), world) == "fp32"
+    assert not train.compiles(train.TrainConfig(), world)
 
 
 def test_without_a_compiler(monkeypatch):
