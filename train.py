@@ -15,7 +15,8 @@ the step to its end, saves all and exits with status 0. --bench and --estimate a
 Logged: arm, gripper and one video loss a camera, unweighted, and the gradient's norm, each a mean over all
 processes and over the steps since the last line; skipped: steps without a finite gradient, so far;
 val/... losses on held-out episodes; val/CAMERA_ratio = error of the predicted frame / error of copying the
-present one, in patches that change.
+present one, in patches that change; val/CAMERA_right and _wrong: the same where the sentence names a block's
+colour, with this sentence and with another colour in it; equal for a model that does not read the sentence.
 """
 import argparse
 import dataclasses
@@ -356,11 +357,17 @@ def count_targets(batch):
     return torch.stack([futures.new_zeros(()) if actions is None else actions.sum(), futures.sum()]).float()
 
 
+def other_colour(sentence):
+    """The sentence with another colour of CALVIN's blocks where it names one; else as it is."""
+    return re.sub(r"\b(red|blue|pink)\b", lambda found: dict(red="blue", blue="pink", pink="red")[found[0]],
+                  sentence)
+
+
 @torch.no_grad()
 def evaluate(learner, windows, config, world):
     """Mean losses on held-out windows, always the same: {name: float}; a sheet, uint8 (H, W, 3), or None."""
     net, model_config = learner.net.eval(), learner.model.config
-    sums, video, sheet = {}, torch.zeros(len(model_config.cameras), 2, device=world.device), None
+    sums, video, sheet = {}, torch.zeros(3, len(model_config.cameras), 2, device=world.device), None
     for batch in batches(windows, range(config.eval_batches), 1, world, config.workers):
         batch = to_device(batch, world.device)
         with learner.autocast:
@@ -370,13 +377,20 @@ def evaluate(learner, windows, config, world):
         for name, value in losses(out, batch, pixels, model_config, counts=counts).items():
             sums[name] = sums.get(name, 0) + value / config.eval_batches
         if model_config.video:
-            video += change_errors(out, pixels, batch["future_mask"], model_config)
+            told = [other_colour(sentence) for sentence in batch["sentences"]]
+            named = torch.tensor([a != b for a, b in zip(told, batch["sentences"])], device=world.device)
+            named = batch["future_mask"] & named[:, None]
+            with learner.autocast:
+                wrong = predict(net, model_config, batch | {"sentences": told}, pixels)
+            video += torch.stack([change_errors(*pair, model_config) for pair in (
+                (out, pixels, batch["future_mask"]), (out, pixels, named), (wrong, pixels, named))])
             sheet = draw_sheet(out, pixels, model_config) if sheet is None and world.main else sheet
     net.train()
     result = {f"val/{name}": world.mean(value).item() for name, value in sums.items()}
     if model_config.video:
-        errors = zip(model_config.cameras, world.mean(video).tolist())
-        result |= {f"val/{camera}_ratio": mine / copied for camera, (mine, copied) in errors if copied}
+        for kind, errors in zip(("ratio", "right", "wrong"), world.mean(video).tolist()):
+            result |= {f"val/{camera}_{kind}": mine / copied
+                       for camera, (mine, copied) in zip(model_config.cameras, errors) if copied}
     return result, sheet
 
 
@@ -748,7 +762,8 @@ def check_up(progress, learner, config, held_out, world, log):
     """Held-out losses, a sheet of held-out frames, checkpoints."""
     figures, sheet = evaluate(learner, held_out, config, world)
     log(progress.step, **figures)
-    loss = weighted({name[4:]: x for name, x in figures.items() if not name.endswith("_ratio")}, config)
+    judged = ("_ratio", "_right", "_wrong")
+    loss = weighted({name[4:]: x for name, x in figures.items() if not name.endswith(judged)}, config)
     if loss < progress.best:
         progress.best = loss
         if world.main:

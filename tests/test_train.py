@@ -1,4 +1,5 @@
 """train.py: starting, resuming, several processes, being told to stop, schedules."""
+import contextlib
 import dataclasses
 import json
 import math
@@ -43,6 +44,37 @@ def test_targets_are_counted_where_they_are_asked_for():
         assert train.count_targets(batch).tolist() == [float(count) for count in counts]
     del batch["action_mask"]                                                  # pre-training
     assert train.count_targets(batch).tolist() == [0, batch["future_mask"][:, 1].sum()]
+
+
+def test_another_colour_in_the_sentence(tabletop_data):
+    """Catches a gauge of the sentence's use that changes other words, other windows, or both predictions."""
+    assert train.other_colour("lift the red block, not Fred's blue-ish one") == (
+        "lift the blue block, not Fred's pink-ish one")
+    assert train.other_colour("the person drags the door left") == "the person drags the door left"
+
+    class Painter(torch.nn.Module):
+        """Foresees the true frame if it is told of pink, else the present one."""
+        def forward(self, seen, sentences, *_):
+            pink = torch.tensor(["pink" in sentence for sentence in sentences])[:, None, None, None]
+            now, future = (gr1.patchify(x, 16) for x in (seen["rgb_static"], Painter.future))
+            return dict(rgb_static=torch.where(pink, future, now))
+
+    config = gr1.preset_config("tiny", "pretrain", window=2, future=1)
+    data = clips.Clips(tabletop_data / "videos")
+    windows = clips.Windows(data, np.arange(len(data)), 64, 2, 1, ["rgb_static"])
+    see = train.see
+
+    def remember(batch, config):
+        pixels = see(batch, config)
+        Painter.future = pixels["rgb_static"][:, 1:]
+        return pixels
+
+    learner = mock.Mock(net=Painter(), autocast=contextlib.nullcontext(), model=mock.Mock(config=config))
+    with mock.patch.object(train, "see", remember):
+        figures, _ = train.evaluate(learner, windows, train.TrainConfig(eval_batches=2), train.Processes())
+    assert any("pink" in sentence for step in range(2) for sentence in windows[step]["sentences"])
+    assert figures["val/rgb_static_right"] < min(figures["val/rgb_static_wrong"], 0.99)
+    assert figures["val/rgb_static_right"] < figures["val/rgb_static_ratio"] < 1      # the colourless: copied
 
 
 def test_finetuning_starts_from_pretraining(checkpoints, tabletop_data, tmp_path):
