@@ -83,7 +83,7 @@ class TrainConfig:
     shift: float = -1.0            # random shift, share of the image side; -1: the preset's
     # the machine
     precision: str = "auto"        # auto: bf16 on a GPU, fp32 on a CPU
-    compile: str = "auto"          # torch.compile the model's parts: on, off; auto: on a GPU
+    compile: str = "auto"          # torch.compile the model's parts: on, off; auto: on a GPU, but for tiny
     workers: int = -1              # loader processes a process; -1: 4 on a GPU, 0 on a CPU
     vision_weights: str = "hub"    # the gr1 preset's frozen MAE: hub, none (random) or a file
     text_weights: str = ""         # its CLIP, likewise; "": hub, or none where --vision-weights is none
@@ -496,7 +496,9 @@ def precision(config, world):
 
 def compiles(config, world):
     """Whether to torch.compile: --compile, as far as there is a C compiler, which that needs."""
-    if config.compile == "off" or config.compile == "auto" and world.device.type != "cuda":
+    # tiny's whole training takes little longer than to compile it
+    pays = world.device.type == "cuda" and config.preset != "tiny"
+    if config.compile == "off" or config.compile == "auto" and not pays:
         return False
     if any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang", "cl"))):
         return True
@@ -515,6 +517,7 @@ class Learner:
     parameters: list               # those that are trained
     optimizer: torch.optim.Optimizer
     autocast: AbstractContextManager
+    compiled: bool                 # its parts will be, in the first step
 
 
 def equip(model, config, world):
@@ -528,7 +531,8 @@ def equip(model, config, world):
         getattr(model, name).bfloat16()
     if gpu:
         model.vision.to(memory_format=torch.channels_last)              # as the JPEGs' bytes come
-    if compiles(config, world):
+    compiled = compiles(config, world)
+    if compiled:
         # by parts: sentences are no tensors, and a part's gradients are averaged while others are computed
         for part in model.vision, model.resampler, model.trunk, *([model.video_head] * model.config.video):
             part.compile()
@@ -537,7 +541,7 @@ def equip(model, config, world):
         net = DistributedDataParallel(model, gradient_as_bucket_view=True)
         net.broadcast_buffers = False                    # constant tables; torch warns of the argument
     autocast = torch.autocast(world.device.type, torch.bfloat16) if bf16 else nullcontext()
-    return Learner(model, net, parameters, optimizer, autocast)
+    return Learner(model, net, parameters, optimizer, autocast, compiled)
 
 
 def can_resume(config, world):
@@ -722,8 +726,8 @@ def run(progress, learner, loader, config, held_out, world, log):
     """The steps from progress.step to config.steps, or until told to stop, with log and checkpoints."""
     bar = tqdm(total=config.steps, initial=progress.step, desc=config.stage,
                disable=not world.main or not sys.stderr.isatty())
-    start, since = time.time(), progress.step
-    for step in range(progress.step, config.steps):
+    start, since = began, first = time.time(), progress.step
+    for step in range(first, config.steps):
         figures, progress.skipped, news = train_step(step, learner, loader, config, world, progress.skipped)
         progress.step = step + 1
         bar.update()
@@ -737,6 +741,9 @@ def run(progress, learner, loader, config, held_out, world, log):
                 lr=learning_rate(step, config), skipped=progress.skipped[1].item(), ms=1000 * seconds,
                 samples_per_s=config.batch / seconds)
             progress.sums, start, since = progress.sums.new_zeros(1), time.time(), progress.step
+        if learner.compiled and step == first:
+            world.print(f"compile: the first step, which compiles, took {time.time() - began:.0f} s")
+            start, since = time.time(), progress.step        # the next line's ms leaves this out
         if progress.step % config.eval_every == 0 or progress.step == config.steps:
             check_up(progress, learner, config, held_out, world, log)
             start, since = time.time(), progress.step        # the next line's ms leaves this out

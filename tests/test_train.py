@@ -1,6 +1,7 @@
 """train.py: starting, resuming, several processes, being told to stop, schedules."""
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -370,8 +371,10 @@ def test_a_mac_or_windows(monkeypatch, tabletop_data, tmp_path):
 
 def test_without_a_compiler(monkeypatch):
     """Catches a long trace where torch.compile finds no C compiler; one where nobody asked to compile."""
-    gpu, config = train.Processes(device=torch.device("cuda")), train.TrainConfig
+    gpu = train.Processes(device=torch.device("cuda"))
+    config = functools.partial(train.TrainConfig, preset="gr1")
     assert train.compiles(config(compile="on"), train.Processes()) and train.compiles(config(), gpu)
+    assert not train.compiles(train.TrainConfig(preset="tiny"), gpu)               # its training is too short
     assert not train.compiles(config(), train.Processes()) and not train.compiles(config(compile="off"), gpu)
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
