@@ -1,9 +1,9 @@
 """Training is the same as before the code was moved into rooms: the same losses from the same seed.
 
-tests/fixtures/same_losses.json holds what the code of commit ac992d3, the last with everything in one folder,
-logged for the two runs below: its train.py was given these very flags, and clips that its tabletop made when
-asked for what the fixture tabletop_data asks for. Made on a CPU, with torch 2.14, in float32; another number
-of threads and other vector instructions move the figures by 3e-7 of themselves.
+tests/fixtures/same_losses.json holds what train.py logged for the two runs below. Until the tabletop's videos
+came to show many people, it held the figures of commit ac992d3, the last with everything in one folder, and
+the code met them; then both runs were made anew, for the clips had changed. Made on a CPU, torch 2.14,
+float32; another number of threads and other vector instructions move the figures by 3e-7 of themselves.
 """
 import json
 

@@ -134,3 +134,17 @@ def test_tabletop_data(tabletop_data):
     other = tabletop_data.parent / "again"
     tabletop.make("demonstrations", other, 12, "AD", workers=1)
     assert (other / "00001.bin").read_bytes() == (tabletop_data / "demonstrations/00001.bin").read_bytes()
+
+
+def test_videos_are_of_many_people():
+    """Catches videos of one person, whose look is all that is learned; fingers that are not at the hand."""
+    rng = np.random.default_rng(0)
+    people = [tabletop.draw_person(rng) for _ in range(300)]
+    assert {person.skin for person in people} == set(tabletop.SKINS)
+    assert {(person.x > 0, person.y > 0) for person in people} == {(a, b) for a in (0, 1) for b in (0, 1)}
+    for person in people[:20]:
+        world = tabletop.Tabletop("D", 1, person, size=128)
+        canvas = tabletop.Canvas(tabletop.Image.new("RGB", (256, 256)))
+        u, v = (int(x / 2) for x in canvas.at(*world.position))
+        around = world.observe()["rgb_static"][v - 12:v + 13, u - 12:u + 13].astype(int)
+        assert np.abs(around - 0.9 * np.array(person.skin)).max(-1).min() < 8, person

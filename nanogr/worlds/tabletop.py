@@ -56,10 +56,10 @@ SCENES = dict(
 class Tabletop:
     """One scene, "A".."D"; `observe` says what is seen, `step` what can be done.
 
-    hand: draws a person's hand for the gripper; pace: scales the motion of a step; size: the picture's side.
+    hand: a Person, whose hand is drawn for the gripper; pace: scales a step's motion; size: a picture's side.
     """
 
-    def __init__(self, scene="D", seed=0, hand=False, pace=1.0, size=64):
+    def __init__(self, scene="D", seed=0, hand=None, pace=1.0, size=64):
         self.scene, self.fixtures = scene, SCENES[scene]
         self.rng = np.random.default_rng(seed)
         self.hand, self.pace, self.size = hand, pace, size
@@ -242,7 +242,12 @@ class Tabletop:
 VIEW = 0.70                                                           # metres across the picture
 COLOURS = dict(red=(214, 36, 36), blue=(40, 76, 220), pink=(246, 136, 200))
 GREY, DARK, AMBER = (226, 228, 232), (38, 36, 36), (240, 168, 32)
-SKIN, SLEEVE = (232, 178, 142), (64, 92, 84)
+# A person as a camera sees one: colours of hand and sleeve, how thick the arm is, where from it comes, to the
+# right and towards the viewer. Videos are of many people: what one looks like is of no use for a robot.
+Person = namedtuple("Person", "skin sleeve girth x y")
+SOMEBODY = Person((232, 178, 142), (64, 92, 84), .056, .17, 1)
+SKINS = ((232, 178, 142), (198, 134, 96), (141, 85, 54), (88, 56, 40), (244, 208, 180),
+         (236, 236, 236), (168, 172, 180), (104, 108, 116), (60, 62, 66), (222, 200, 90))    # five are gloves
 
 
 class Canvas:
@@ -385,19 +390,30 @@ def _draw_arm(canvas, world):
     canvas.pen.rectangle(palm, fill=GREY, outline=DARK)
 
 
+def draw_person(rng):
+    """Somebody: bare or gloved, in any sleeve, reaching in from any side, from behind the table too."""
+    angle = rng.uniform(0, 2 * np.pi)
+    return Person(SKINS[rng.integers(len(SKINS))], tuple(map(int, rng.integers(40, 200, 3))),
+                  rng.uniform(.035, .065), .3 * np.cos(angle), np.sin(angle))
+
+
 def _draw_hand(canvas, world):
-    """From the right, so that the fingers enclose what they hold without hiding it."""
-    (u, v), k = canvas.at(*world.position), canvas.scale
-    palm, elbow = (u + .052 * k, v + .012 * k), (u + .17 * k, canvas.side + .2 * k)
-    wrist = (palm[0] + .2 * (elbow[0] - palm[0]), palm[1] + .2 * (elbow[1] - palm[1]))
-    canvas.pen.line((*wrist, *elbow), fill=SLEEVE, width=int(.056 * k))
-    canvas.pen.line((*palm, *wrist), fill=SKIN, width=int(.040 * k))
-    box = (palm[0] - .026 * k, palm[1] - .036 * k, palm[0] + .028 * k, palm[1] + .030 * k)
-    canvas.pen.ellipse(box, fill=SKIN)
+    """From where the person stands, so that the fingers enclose what they hold without hiding it."""
+    (u, v), k, person = canvas.at(*world.position), canvas.scale, world.hand
+    way = np.array([person.x, person.y])
+    way = way / np.linalg.norm(way)
+    across, tip = np.array([-way[1], way[0]]), np.array([u, v])
+    palm, elbow = tip + .053 * k * way, tip + 2 * canvas.side * way
+    wrist = palm + .06 * k * way
+    line = lambda a, b, fill, width: canvas.pen.line((*a, *b), fill=fill, width=max(1, int(width * k)))
+    line(wrist, elbow, person.sleeve, person.girth)
+    line(palm, wrist, person.skin, .7 * person.girth)
+    canvas.pen.ellipse((*(palm - .030 * k), *(palm + .030 * k)), fill=person.skin)
     gap = .008 if world.closed and not world.held else (.030 if world.closed else .046)
+    shade = tuple(int(.9 * c) for c in person.skin)
     for side in (-1, 1):
-        knuckle, tip = (palm[0] - .012 * k, palm[1] + side * .024 * k), (u - .012 * k, v + side * gap * k)
-        canvas.pen.line((*knuckle, *tip), fill=(214, 154, 118), width=int(.020 * k))
+        line(palm - .012 * k * way + side * .024 * k * across, tip - .012 * k * way + side * gap * k * across,
+             shade, .020)
 
 
 # -------------- tasks: one row a task; `skill` is how it's done, `what` it's done to, `sign` which way
@@ -757,7 +773,7 @@ def make_shard(job):
     with clips.ShardWriter(directory, index, cameras=cameras) as shard:
         while written < n_clips:
             pace = rng.uniform(1.5, 2.0) if video else 1.0
-            world = Tabletop(scene, rng.integers(2**31), hand=video, pace=pace)
+            world = Tabletop(scene, rng.integers(2**31), draw_person(rng) if video else None, pace)
             for task, observations, actions, done in play(world, rng, counts, SESSION,
                                                           nudges=0 if video else NUDGES, tasks=tasks):
                 if done and written < n_clips:
@@ -799,7 +815,7 @@ def contact_sheet(path, scenes, seed):
     """Write a PNG: a column a scene; static camera, gripper camera, a frame of a video."""
     rows = [("static camera", []), ("gripper camera", []), ("a video", [])]
     for column, scene in enumerate(scenes):
-        robot, person = Tabletop(scene, [seed, column]), Tabletop(scene, [seed, column], hand=True, pace=1.7)
+        robot, person = Tabletop(scene, [seed, column]), Tabletop(scene, [seed, column], SOMEBODY, pace=1.7)
         rng = np.random.default_rng([seed, column])
         for world, places in (robot, rows[:2]), (person, rows[2:]):
             segment = list(play(world, rng, Counter(), 3))[-1][1]
