@@ -452,7 +452,10 @@ def start_from(state, init, model, config, world):
         report = weights.load(model, state, init, fresh, weights.finetuning_parts(model.config.cameras))
     except UserError as error:
         raise UserError(f"{error}; --init none starts fresh") from error
-    world.print(f"init: {report}\n  (--init none starts without)")
+    saved = weights.read_config(init)
+    step, steps = saved.get("step"), saved.get("train", {}).get("steps")
+    early = f"  it was saved at step {step} of {steps}\n" if step and steps and step < steps else ""
+    world.print(f"init: {report}\n{early}  (--init none starts without)")
 
 
 def learning_rate(step, config):

@@ -59,4 +59,6 @@ def pack(directory):
 
 
 if __name__ == "__main__":
-    pack(sys.argv[1] if len(sys.argv) > 1 else "data/my-robot")
+    OUT = sys.argv[1] if len(sys.argv) > 1 else "data/my-robot"
+    pack(OUT)
+    print(f"wrote {OUT}; python -m nanogr.clips {OUT} says what it holds")

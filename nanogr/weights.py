@@ -141,7 +141,9 @@ def load(model, state, path, fresh=(), may_miss=()):
         names = [name for name in left if left[name] == why]
         lines += [f"  left out {len(names)} ({names[0]}{', ...' if names[1:] else ''}): {why}"]
     if missing:
-        names = dict.fromkeys(re.sub(r"\.(weight|bias)$", "", name) for name in missing)
+        in_part = {name.split(".")[0] for name in state}                   # the others are told by their part
+        names = dict.fromkeys(re.sub(r"\.(weight|bias)$", "", name) if name.split(".")[0] in in_part
+                              else name.split(".")[0] for name in missing)
         lines += [f"  not loaded, so random until trained: {', '.join(names)}"]
     return "\n".join(lines)
 

@@ -90,10 +90,17 @@ def test_finetuning_starts_from_pretraining(checkpoints, tabletop_data, tmp_path
     for fresh, parts in ("none", set()), ("trunk", {"trunk"}):
         start = training("finetune", tabletop_data / "demonstrations", tmp_path / fresh, "--lr", 1e-12)
         flags = ["--weight-decay", 0, "--init", checkpoints / "pretrain", "--steps", 1, "--fresh", fresh]
-        assert run(*start, *flags)[0] == 0
+        status, text = run(*start, *flags)
+        assert status == 0 and "saved at step" not in text, text
         after = weights.read_weights(tmp_path / fresh / "model.safetensors")
         assert set(before) < set(after)
         assert {name.split(".")[0] for name in before if not same(before[name], after[name])} == parts
+    shutil.copytree(checkpoints / "pretrain", tmp_path / "cut")
+    settings = (tmp_path / "cut/config.json").read_text()
+    (tmp_path / "cut/config.json").write_text(settings.replace('"steps": 6', '"steps": 60'))
+    status, text = run(*training("finetune", tabletop_data / "demonstrations", tmp_path / "of-cut"),
+                       "--init", tmp_path / "cut", "--steps", 1)
+    assert status == 0 and "it was saved at step 6 of 60" in text, text          # a run that somebody stopped
 
 
 def test_figures_go_where_they_are_asked_for(tabletop_data, tmp_path, monkeypatch):
