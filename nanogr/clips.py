@@ -42,6 +42,7 @@ import zipfile
 import zlib
 
 import numpy as np
+import safetensors.numpy
 import simplejpeg
 import torch
 from tqdm import tqdm
@@ -262,6 +263,46 @@ def load_shard(directory, index):
     return shard
 
 
+# --------------------------------------------------------------------------------------- pictures as codes
+def codes_path(directory, index):
+    """Where the codes of a shard's pictures are: GR-2's, nanogr/tokenizer.py makes them. A uint16 array
+    (M, P) for each camera, P codes of each of the shard's M frames, and `fingerprint`, their tokenizer's.
+    """
+    return pathlib.Path(directory) / f"{index:05d}.codes.safetensors"
+
+
+def write_codes(directory, index, fingerprint, codes):
+    """Write {camera: uint16 (M, P)} beside a shard."""
+    content = safetensors.numpy.save(codes, {"fingerprint": fingerprint})
+    write_whole(codes_path(directory, index), content)
+
+
+def read_codes(directory, index, fingerprint):
+    """Return {camera: uint16 (M, P)} of a shard; UserError if they are not there, or of another tokenizer."""
+    path = codes_path(directory, index)
+    cure = f"`python -m nanogr.tokenizer --encode {directory} --tokenizer ...` makes them"
+    if not path.is_file():
+        raise UserError(f"{directory} has no codes for shard {index}: {cure}")
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            made = (file.metadata() or {}).get("fingerprint")
+            codes = {key: file.get_tensor(key) for key in file.keys()}
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{path} can't be read ({error}): {cure} anew") from None
+    if made != fingerprint:
+        raise UserError(f"{path} holds codes of tokenizer {made}, not {fingerprint}: {cure} anew")
+    return codes
+
+
+def has_codes(directory, index, fingerprint, places):
+    """Whether a shard has codes of this tokenizer, {camera: P} of each frame."""
+    try:
+        codes = read_codes(directory, index, fingerprint)
+    except UserError:
+        return False
+    return all(camera in codes and codes[camera].shape[1] == count for camera, count in places.items())
+
+
 def looks_like(directory):
     """What else a directory is that somebody gave, and what to do with it: a few words, or None."""
     return next((words for glob, words in OTHERS.items() if any(pathlib.Path(directory).glob(glob))), None)
@@ -410,17 +451,20 @@ class Windows(torch.utils.data.Dataset):
     B windows of T steps, each from a clip drawn uniformly from `ids`, short or long. Its start is uniform in
     [-(T-1), L-1], then clipped to [0, L-T]: thus a clip's ends are seen about as often as its middle (T times
     less without the overhang). Only a clip shorter than T is padded: with zeros, after its real steps.
-    F more frames are read for targets: frames[:, t + F] is what step t predicts.
+    F more frames are read for targets: frames[:, t + F] is what step t predicts. With `stride` > 1 (GR-2's)
+    a step is so many frames after the one before, and so are the F; for T read (T-1) stride + 1 above.
 
     With per_clip W > 1, W windows that start one step after the other are cut from each clip and share its
     frames, a run of N = T+W-1 steps that is stored once. The starts are drawn and clipped as above, so that
     some of the W are the same window near a clip's ends: else the ends would be seen far less.
 
     All that is random about a step, but for dropout, is drawn here: with `shift`, by how much DrQ-v2's
-    augmentation moves each run of each camera (0.05: up to 10 px of 200), and with `foresee` V > 0 at which V
-    of a window's T steps the future frame is asked for.
+    augmentation moves each run of each camera (0.05: up to 10 px of 200), with `foresee` V > 0 at which V of
+    a window's T steps the future frame is asked for, with `latent` z > 0 what a VAE's latents are drawn by,
+    and with `blind` in which share of the windows the states are hidden.
 
         frames       {camera: uint8 (B/W, N+F, 3, H, W)}
+        codes        {camera: int32 (B/W, N+F, P)}   instead of frames, if `fingerprint` names a tokenizer
         shifts       {camera: int64 (B/W, 2)}     up and to the left [px]; only if shift > 0
         video_at     int64 (V,)                   all T steps, or `foresee` of them
         frame_at     int64 (B, T)                 a window's frames among all (B/W * N); only if W > 1
@@ -428,13 +472,14 @@ class Windows(torch.utils.data.Dataset):
         mask         bool (B, T)                  real steps
         future_mask  bool (B, T)                  the clip has a frame t + F
       and, if a robot made the clips,
-        robot_obs    float32 (B, T, 15)
+        robot_obs    float32 (B, T, 15)           NaN: hidden
+        noise        float32 (B, T, z)            from N(0, 1); only if z > 0
         rel_actions  float32 (B, T, chunk, 7)     the actions of steps t .. t + chunk - 1
         action_mask  bool (B, T, chunk)           those that are known; the others are 0
     """
 
     def __init__(self, clips, ids, batch_size, window, future, cameras, chunk=1, seed=0, per_clip=1,
-                 shift=0.0, foresee=0):
+                 shift=0.0, foresee=0, stride=1, latent=0, blind=0.0, fingerprint=""):
         if not set(cameras) <= set(clips.cameras):
             raise UserError(f"{clips.directory} has the cameras {list(clips.cameras)}, not {list(cameras)}")
         if not len(ids):
@@ -442,47 +487,72 @@ class Windows(torch.utils.data.Dataset):
         self.clips, self.ids, self.cameras = clips, np.asarray(ids), list(cameras)
         self.B, self.T, self.F, self.chunk = batch_size, window, future, chunk
         self.seed, self.W, self.shift, self.foresee = seed, per_clip, shift, foresee
+        self.stride, self.latent, self.blind = stride, latent, blind
+        self.codes = [read_codes(clips.directory, i, fingerprint) for i in range(len(clips.shards))
+                      if fingerprint]
 
     def __len__(self):
         return 2 ** 31 - 1                             # endless, in effect: a run sets its own last step
 
     def __getitem__(self, key):
         step, part, parts = key if isinstance(key, tuple) else (key, 0, 1)
-        rng, span = np.random.default_rng([self.seed, step]), self.T + self.W - 1
-        ids = rng.choice(self.ids, self.B // self.W)
+        rng, stride, N = np.random.default_rng([self.seed, step]), self.stride, self.T + self.W - 1
+        ids, window = rng.choice(self.ids, self.B // self.W), (self.T - 1) * stride + 1            # in frames
         lengths = self.clips.lengths[ids]
-        at = rng.integers(1 - self.T, lengths) - self.W // 2              # where the first of W would start
+        at = rng.integers(1 - window, lengths) - self.W // 2 * stride     # where the first of W would start
         order = rng.permutation(self.T)
         video_at = order[:self.foresee] if self.foresee else np.arange(self.T)
         reach = {c: round(self.shift * self.clips.cameras[c][0]) for c in self.cameras}
         shifts = {c: rng.integers(-far, far + 1, (len(ids), 2)) for c, far in reach.items()}
         ids, lengths, at, *shifts = (np.split(x, parts)[part] for x in (ids, lengths, at, *shifts.values()))
-        runs = np.clip(at, 0, np.maximum(0, lengths - span))
-        starts = np.clip(at[:, None] + np.arange(self.W), 0, np.maximum(0, lengths - self.T)[:, None])
-        frame_at = (starts - runs[:, None] + span * np.arange(len(runs))[:, None]).reshape(-1, 1)
-        frames, ids, lengths = self.frames(ids, runs), ids.repeat(self.W), lengths.repeat(self.W)
-        steps = starts.reshape(-1, 1) + np.arange(self.T)                                   # (B, T)
-        batch = dict(mask=steps < lengths[:, None], future_mask=steps + self.F < lengths[:, None],
-                     video_at=video_at)
-        batch |= {"frame_at": frame_at + np.arange(self.T)} if self.W > 1 else {}
+        runs = np.clip(at, 0, np.maximum(0, lengths - window - (self.W - 1) * stride))
+        last = (np.maximum(0, lengths - window) - runs) // stride         # how far the last of W may start
+        nth = np.clip((at - runs)[:, None] // stride + np.arange(self.W), 0, last[:, None])        # (B/W, W)
+        steps = (runs[:, None] + nth * stride).reshape(-1, 1) + np.arange(self.T) * stride         # (B, T)
+        frame_at = (nth + N * np.arange(len(runs))[:, None]).reshape(-1, 1) + np.arange(self.T)
+        seen = self.read_codes(ids, runs) if self.codes else self.frames(ids, runs)
+        ids, lengths = ids.repeat(self.W), lengths.repeat(self.W)
+        batch = dict(mask=steps < lengths[:, None], video_at=video_at,
+                     future_mask=steps + self.F * stride < lengths[:, None])
+        batch |= {"frame_at": frame_at} if self.W > 1 else {}
         if self.clips.has_actions:
             batch |= self.robot(ids, steps)
+            if self.latent:                              # of the whole batch, whoever computes which part
+                noise = rng.standard_normal((self.B, self.T, self.latent), np.float32)
+                batch["noise"] = np.split(noise, parts)[part]
+            if self.blind:
+                batch["robot_obs"][np.split(rng.random(self.B) < self.blind, parts)[part]] = np.nan
         batch = {key: torch.from_numpy(value) for key, value in batch.items()}
         if self.shift:
             batch["shifts"] = dict(zip(self.cameras, map(torch.from_numpy, shifts)))
-        return batch | dict(frames=frames, sentences=[self.clips.sentences[i] for i in ids])
+        return batch | {"codes" if self.codes else "frames": seen,
+                        "sentences": [self.clips.sentences[i] for i in ids]}
 
     def frames(self, ids, starts):
         """Return {camera: uint8 (B/W, N+F, 3, H, W)}, as views of (..., H, W, 3): turning the bytes round is
         the device's work. numpy fills them: torch's threads cost more here.
         """
-        count = self.T + self.W - 1 + self.F
+        count, stride = self.T + self.W - 1 + self.F, self.stride
         frames = {name: np.zeros((len(ids), count, *self.clips.cameras[name], 3), np.uint8)
                   for name in self.cameras}
         for b, (i, start) in enumerate(zip(ids.tolist(), starts.tolist())):
-            for name, images in self.clips.read(i, start, count, self.cameras)["frames"].items():
+            seen = self.clips.read(i, start, (count - 1) * stride + 1, self.cameras)["frames"]
+            for name, images in seen.items():
+                images = images[::stride]
                 frames[name][b, :len(images)] = images
         return {name: torch.from_numpy(images).permute(0, 1, 4, 2, 3) for name, images in frames.items()}
+
+    def read_codes(self, ids, starts):
+        """Return {camera: int32 (B/W, N+F, P)}."""
+        count, stride = self.T + self.W - 1 + self.F, self.stride
+        codes = {name: np.zeros((len(ids), count, self.codes[0][name].shape[1]), np.int32)
+                 for name in self.cameras}
+        for b, (i, start) in enumerate(zip(ids.tolist(), starts.tolist())):
+            number, begin, end = self.clips.find(i)
+            for name in self.cameras:
+                rows = self.codes[number][name][begin + start:end:stride][:count]
+                codes[name][b, :len(rows)] = rows
+        return {name: torch.from_numpy(rows) for name, rows in codes.items()}
 
     def robot(self, ids, steps):
         """Return robot_obs, rel_actions and action_mask of the clips `ids` (B,) at `steps` (B, T)."""
