@@ -37,12 +37,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import GR1, PRESETS, ModelError, preset_config
+import gr2
+import model as gr1
+from model import ModelError
 from nanogr import pictures, weights
 from nanogr.common import (Crew, Parser, UserError, check_same, cores, lock, make_room, nearest, parse_part,
                            quiet, run_script, write_whole)
 from nanogr.encoders import build_encoders
-from nanogr.policy import Policy, act_together, to_action
+from nanogr.policy import Policy, step_together
 from nanogr.worlds import calvin, expert, tabletop
 
 CHAIN = 5                      # instructions
@@ -59,12 +61,18 @@ def parse():
                         help="the world (default: tabletop)")
     parser.add_argument("--checkpoint", default="out/finetune",
                         help="directory that train.py wrote, or the authors' file")
-    parser.add_argument("--mae", metavar="FILE", help="MAE's weights (default: as in training, or the hub's)")
+    parser.add_argument("--mae", "--tokenizer", metavar="FILE",
+                        help="MAE's weights, or GR-2's tokenizer (default: as in training, or the hub's)")
     parser.add_argument("--clip", metavar="FILE", help="likewise CLIP's; none: random, to try things out")
     parser.add_argument("--policy", default="model",
                         choices=["model", "untrained", "random", "noop", "scripted"])
-    parser.add_argument("--preset", default="tiny", choices=list(PRESETS),
+    parser.add_argument("--preset", default="tiny", choices=[*gr1.PRESETS, *gr2.PRESETS],
                         help="of --policy untrained (default: tiny)")
+    parser.add_argument("--execute", type=int, default=1, metavar="N",
+                        help="do N actions of a predicted chunk before asking again (default: 1)")
+    parser.add_argument("--ensemble", type=float, metavar="M",
+                        help="average the chunks' actions for a step, weighted exp(-M i), i = 0 the oldest")
+    parser.add_argument("--sample-z", action="store_true", help="GR-2: draw the latent (default: it is 0)")
     parser.add_argument("--scene", default="D", choices=list(tabletop.SCENES))
     parser.add_argument("--episodes", type=int, metavar="K",
                         help="single-instruction episodes a task (default: 20; calvin: 0)")
@@ -188,11 +196,13 @@ def load_policy(args):
         return Scripted("scripted", args.seed)
     if args.policy == "untrained":
         torch.manual_seed(args.seed)
-        config = preset_config(args.preset)
-        encoders = build_encoders(config, args.mae or "none", args.clip or "none")
-        return Policy(GR1(config, *encoders).to(device))
-    model = GR1.from_pretrained(args.checkpoint, vision=args.mae, text=args.clip)
-    return Policy(model.to(device))
+        kind, cls, build = ((gr2, gr2.GR2, gr2.build_encoders) if args.preset in gr2.PRESETS else
+                            (gr1, gr1.GR1, build_encoders))
+        config = kind.preset_config(args.preset)
+        model = cls(config, *build(config, args.mae or "none", args.clip or "none"))
+    else:
+        model = gr2.load(args.checkpoint, vision=args.mae, text=args.clip)
+    return Policy(model.to(device), args.execute, args.ensemble, args.sample_z)
 
 
 # ----------------------------------------------------------------------------------- one model for all
@@ -222,13 +232,14 @@ class Server:
     may differ between two such runs, as it does between two kinds of GPU. The report says so."""
 
     def __init__(self, policy):
-        self.model, self.policies = policy.model, {}
+        self.policy, self.policies = policy, {}
 
     def answers(self, asked):
         """asked: list of (connection, question, content), at most one of each connection; -> what to send:
         list of (connection, answer)."""
         for connection, _, _ in asked:
-            self.policies.setdefault(connection, Policy(self.model))
+            if connection not in self.policies:
+                self.policies[connection] = self.policy.another()
         found = [(connection, foresight(self.policies[connection])) for connection, question, _ in asked
                  if question == "foresight"]
         steps = [(connection, *content) for connection, question, content in asked if question == "step"]
@@ -238,8 +249,8 @@ class Server:
         if not steps:
             return found
         connections, observations, sentences, _ = zip(*steps)
-        arm, gripper = act_together([self.policies[c] for c in connections], observations, sentences)
-        return found + list(zip(connections, map(to_action, arm, gripper)))
+        actions = step_together([self.policies[c] for c in connections], observations, sentences)
+        return found + list(zip(connections, actions))
 
     def forget(self, connection):
         self.policies.pop(connection, None)
@@ -250,7 +261,7 @@ def foresight(policy):
     if isinstance(policy, Remote):
         return policy.foresight()
     if isinstance(policy, Policy) and policy.model.config.video:
-        return policy.model.config.future, list(policy.predicted_frames().values())
+        return policy.model.config.future * policy.stride, list(policy.predicted_frames().values())
     return None
 
 
@@ -505,6 +516,10 @@ def settings(args):
         said["checkpoint"] = fingerprint(args.checkpoint)
         said |= {name: digest(pathlib.Path(path)) if path != "none" else "none: random weights"
                  for name, path in (("MAE", args.mae), ("CLIP", args.clip)) if path}
+        said |= {name: value for name, value in (("actions executed of a chunk", args.execute),
+                                                 ("ensemble of chunks, m", args.ensemble),
+                                                 ("latent", "drawn" if args.sample_z else None))
+                 if value not in (1, None)}
     if args.policy == "untrained":
         said["preset"] = args.preset
     if args.env == "tabletop":

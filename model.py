@@ -550,12 +550,12 @@ def losses(out, batch, pixels, config, counts=(None, None)):
     return named
 
 
-def total_loss(named, arm=100.0, gripper=1.0, video=1.0):
+def total_loss(named, arm=100.0, gripper=1.0, video=1.0, **others):
     """What is minimised: arm * L_arm + gripper * L_gripper + video * L_video, summed over the cameras.
     The paper weighs 1 : 1 : 1. The defaults are what EDiRobotics/GR1-Training, a third party's code, names as
     the authors'. An arm's error soon is hundredths where the others are tenths: with 1 it would hardly count.
     """
-    weights = {"arm": arm, "gripper": gripper}
+    weights = {"arm": arm, "gripper": gripper, **others}
     return sum(weights.get(name, video) * value for name, value in named.items())
 
 
@@ -589,7 +589,8 @@ def check_config(config):
         if not holds:
             raise ModelError(words)
     for f in dataclasses.fields(config):
-        key, value, least = f"config key '{f.name}'", getattr(config, f.name), int(f.name != "future")
+        key, value = f"config key '{f.name}'", getattr(config, f.name)
+        least = 0 if f.name in ("future", "latent") else 1
         must(type(value) is f.type or f.type is float and type(value) is int,
              f"{key} must be {f.type.__name__}, got {value!r}")
         must(f.type is not int or value >= least, f"{key} must be at least {least}, got {value}")
@@ -606,9 +607,8 @@ def check_config(config):
 
 
 # ------------------------------------------------------------------------------------- python model.py
-def describe(config):
-    """Print the token layout of a timestep and the attention mask drawn small."""
-    table = token_table(config)
+def describe(config, table):
+    """Print the token layout of a timestep, see token_table, and the attention mask drawn small."""
     print(f"tokens of a timestep (x {config.window} timesteps)")
     for name, count, is_query in table:
         print(f"  {name:<22}{count:>4}  {'query' if is_query else 'context'}")
@@ -642,7 +642,7 @@ def main():
     parser.add_argument("--stage", default="finetune", choices=["pretrain", "finetune"])
     args = parser.parse_args()
     config = preset_config(args.preset, args.stage)
-    describe(config)
+    describe(config, token_table(config))
     count_parameters(GR1(config, *build_encoders(config, "none", "none")))
 
 

@@ -6,10 +6,12 @@ Look at a policy: roll it out in the embedded tabletop, and lay what it foresees
     python sample.py --show-predictions                     # predicted frames too, in the GIFs and as sheets
     python sample.py --show-predictions --data DIR          # on recorded clips: nobody acts
     python sample.py --show-predictions --data DIR --checkpoint out/pretrain      # a model without a robot
+    python sample.py --roll-out 4 --data DIR                # what it foresees, fed in again, four times
 
 Reads a checkpoint (train.py's or the authors') and maybe packed clips (clips.py). Writes into --out, per
 rollout or clip: NAME.gif, the cameras with sentence and outcome; with predictions also NAME.png, a sheet of
-about eight moments: true now / predicted t+F / true t+F / error, for each camera. F is the model's `future`.
+about eight moments: true now / predicted t+F / true t+F / error, for each camera. F is how far ahead the
+model looks. A roll-out writes NAME.png alone: the true frames, the imagined ones, and their error.
 """
 import io
 import os
@@ -20,11 +22,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from model import GR1, ModelError, to_pixels
+import gr2
+from model import ModelError, to_pixels
 from nanogr import clips, weights
 from nanogr.common import Parser, UserError, nearest, run_script, write_whole
 from nanogr.pictures import GRAY, INK, LARGE, SMALL, enlarge, page, write_gif
-from nanogr.policy import Policy, change_errors, draw, to_images
+from nanogr.policy import Policy, change_errors, pictures, to_images
 from nanogr.worlds import tabletop
 
 MOMENTS = 8                    # columns of a sheet
@@ -35,12 +38,21 @@ def parse():
     parser = Parser(description="Rollouts and predicted frames as pictures.")
     parser.add_argument("--checkpoint",
                         help="directory that train.py wrote, or the authors' file (default: out/finetune)")
-    parser.add_argument("--mae", metavar="FILE", help="MAE's weights (default: as in training, or the hub's)")
+    parser.add_argument("--mae", "--tokenizer", metavar="FILE",
+                        help="MAE's weights, or GR-2's tokenizer (default: as in training, or the hub's)")
     parser.add_argument("--clip", metavar="FILE", help="likewise CLIP's; none: random, to try things out")
     parser.add_argument("--instruction", help="your sentence for every rollout (default: the tasks')")
     parser.add_argument("--scene", default="D", choices=list(tabletop.SCENES))
+    parser.add_argument("--execute", type=int, default=1, metavar="N",
+                        help="do N actions of a predicted chunk before asking again (default: 1)")
+    parser.add_argument("--ensemble", type=float, metavar="M",
+                        help="average the chunks' actions for a step, weighted exp(-M i), i = 0 the oldest")
     parser.add_argument("--show-predictions", action="store_true", help="show what the model foresees")
     parser.add_argument("--data", help="show predictions on these packed clips instead of rollouts")
+    parser.add_argument("--roll-out", type=int, metavar="N",
+                        help="on --data's clips: foresee N times in a row, each time from what was foreseen")
+    parser.add_argument("--temperature", type=float, default=0,
+                        help="GR-2's roll-out: draw codes, 1: by its odds (default: 0, the likeliest)")
     parser.add_argument("--episodes", type=int, default=8, help="rollouts or clips (default: 8)")
     parser.add_argument("--seed", type=int, default=0, help="of starts, sentences and clips (default: 0)")
     parser.add_argument("--out", default="out/sample", help="directory of the pictures (default: out/sample)")
@@ -50,6 +62,9 @@ def parse():
         raise UserError("clips bring their own sentences: give --instruction or --data, not both")
     if args.episodes < 1 or args.seed < 0:
         raise UserError("--episodes must be 1 or more and --seed 0 or more")
+    if args.roll_out is not None and (args.roll_out < 1 or args.data is None or args.temperature < 0):
+        raise UserError("--roll-out takes 1 or more, and --data with clips to begin with; --temperature 0 or "
+                        "more")
     return args
 
 
@@ -61,9 +76,12 @@ def load_model(args):
                         "--checkpoint out/pretrain --data DIR to see what a pre-trained one foresees")
     args.checkpoint = args.checkpoint or "out/finetune"
     args.trained = weights.read_config(args.checkpoint)
-    model = GR1.from_pretrained(args.checkpoint, vision=args.mae, text=args.clip)
+    model = gr2.load(args.checkpoint, vision=args.mae, text=args.clip)
     if args.show_predictions and not model.config.video:
         raise UserError(f"{args.checkpoint} was trained without [OBS]: it predicts no frames to show")
+    if args.roll_out and not isinstance(model, gr2.GR2) and (model.config.robot or model.config.future > 1):
+        raise UserError(f"{args.checkpoint} cannot be rolled out: what a finetuned GR-1 foresees is not the "
+                        "next frame of its window, and has no state; give a pre-trained one, or a GR-2")
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -88,7 +106,8 @@ def rollouts(args, model):
     """Takes of the policy in the tabletop. Task, sentence and start follow from seed and number alone."""
     if not set(model.config.cameras) <= {"rgb_static", "rgb_gripper"}:
         raise UserError(f"the tabletop has not all cameras of {list(model.config.cameras)}: use --data")
-    policy, order = Policy(model), np.random.default_rng(args.seed).permutation(list(tabletop.TASKS))
+    policy = Policy(model, args.execute, args.ensemble)
+    order = np.random.default_rng(args.seed).permutation(list(tabletop.TASKS))
     known = {sentence: task for task, sentences in tabletop.TASKS.items() for sentence in sentences}
     for i in range(args.episodes):
         seed, task, sentence = args.seed + i, str(order[i % len(order)]), args.instruction
@@ -141,44 +160,115 @@ def recorded(args, model):
 # ------------------------------------------------------------------------------------------- foresight
 def foresee(model, pixels, take):
     """
-    What the model foresees at each step: {camera: (1, L, P, patch^2 * 3)}; pixels: {camera: (L, 3, S, S)}.
+    What the model foresees at each step: {camera: normalised pixels (1, L, 3, S, S)}, given the frames
+    {camera: (L, 3, S, S)}.
 
-    GR1.forward's lines over a sliding window whose last step is asked: what Policy.predicted_frames does. The
-    first window answers for all its steps, none of which looks ahead. Each frame is encoded once.
+    GR1.forward's lines over a sliding window whose last step is asked: what Policy.predicted_frames does.
+    Each frame is encoded once.
     """
-    config, size, answers = model.config, min(model.config.window, take.length), []
-    images, language = model.encode_images(pixels)[None], model.encode_language([take.sentence])
+    config, stride, answers = model.config, getattr(model.config, "stride", 1), []
+    images, language = model.encode_images(pixels), model.encode_language([take.sentence])
     if config.robot:
-        state = model.encode_state(torch.from_numpy(take.robot_obs).to(images.device))[None]
-    for first in range(take.length - size + 1):
-        window = slice(first, first + size)
-        context = model.context(language, images[:, window], state[:, window] if config.robot else None)
-        asked = torch.arange(size)[0 if first == 0 else -1:]                     # the window's last steps
-        queries, at = model.queries(asked[:0], asked)
-        now = {camera: x[None, window][:, -len(asked):] for camera, x in pixels.items()}
-        answers.append(model.heads(model.trunk(context, queries[None], at), 0, now))
+        state = model.encode_state(torch.from_numpy(take.robot_obs).to(images.device))
+    for t in range(take.length):
+        window = list(range(t, -1, -stride))[:config.window][::-1]
+        context = model.context(language, images[None, window], state[None, window] if config.robot else None)
+        queries, at = model.queries(torch.arange(0), torch.tensor([len(window) - 1]))
+        now = {camera: x[None, t:t + 1] for camera, x in pixels.items()}
+        out = model.heads(model.trunk(context, queries[None], at), 0, now)
+        answers.append(pictures(model, out, now))
     return {camera: torch.cat([answer[camera] for answer in answers], 1) for camera in config.cameras}
 
 
 @torch.no_grad()
 def look_ahead(model, take):
     """-> strips {camera: {label: uint8 (L, S, S, 3)}}, squared errors (cameras, 2), see change_errors."""
-    config, F, strips = model.config, model.config.future, {}
+    config, F, strips = model.config, ahead(model), {}
     device = next(model.parameters()).device
     pixels = {camera: to_pixels(torch.from_numpy(take.frames[camera]).to(device).movedim(-1, 1), side)
               for camera, side in config.cameras.items()}
-    out = foresee(model, pixels, take)
+    drawn = foresee(model, pixels, take)
     for camera, x in pixels.items():
-        now, predicted = (to_images(y).cpu().numpy() for y in (x, draw(out[camera][0], x, config)))
+        now, predicted = (to_images(y).cpu().numpy() for y in (x, drawn[camera][0]))
         true = np.concatenate([now[F:], np.full_like(now[:F], 232)])              # past the end: a gray field
         error = HEAT * np.abs(predicted.astype(float) - true).mean(-1, keepdims=True)
         strips[camera] = {"true now": now, f"predicted t+{F}": predicted, f"true t+{F}": true,
                           f"error x {HEAT}": error.clip(0, 255).astype(np.uint8).repeat(3, -1)}
     pairs = max(0, take.length - F)                                 # steps whose future frame was seen
-    errors = change_errors({camera: x[:, :pairs] for camera, x in out.items()},
-                               {camera: x[None] for camera, x in pixels.items()},
-                               torch.ones(1, pairs, dtype=torch.bool, device=device), config)
+    some = lambda which, frames: {camera: x[which] for camera, x in frames.items()}
+    errors = change_errors(some(np.s_[:, :pairs], drawn), some(np.s_[None, :pairs], pixels),
+                           some(np.s_[None, F:], pixels),
+                           torch.ones(1, pairs, dtype=torch.bool, device=device), config.patch)
     return strips, errors.cpu()
+
+
+def ahead(model):
+    """How many frames ahead a model foresees."""
+    return model.config.future * getattr(model.config, "stride", 1)
+
+
+# -------------------------------------------------------------------------------------------- rolled out
+@torch.no_grad()
+def imagine(model, pixels, sentence, steps, temperature):
+    """Foresee `steps` times in a row after the true frames {camera: (n, 3, S, S)}, each time from what was
+    foreseen: -> likewise {camera: (steps, 3, S, S)}. See gr2.roll_out; a pre-trained GR-1's pixels are fed in
+    as they are.
+    """
+    if isinstance(model, gr2.GR2):
+        codes = gr2.roll_out(model, model.to_codes(pixels), sentence, steps, temperature)
+        return {camera: model.vision.decode(x) for camera, x in codes.items()}
+    seen = dict(pixels)
+    for _ in range(steps):
+        window = {camera: x[None, -model.config.window:] for camera, x in seen.items()}
+        last = torch.tensor([len(next(iter(window.values()))[0]) - 1])
+        out = model(window, [sentence], video_at=last)
+        drawn = pictures(model, out, {camera: x[:, -1:] for camera, x in window.items()})
+        seen = {camera: torch.cat([x, drawn[camera][0]]) for camera, x in seen.items()}
+    return {camera: x[-steps:] for camera, x in seen.items()}
+
+
+def draw_roll_out(args, model, take, out):
+    """Write the sheet of a take's roll-out; -> errors (N, 2), summed over the cameras, see change_errors: of
+    the imagined frames by how often they were fed in, and of repeating the last true one.
+    """
+    device, stride = next(model.parameters()).device, getattr(model.config, "stride", 1)
+    steps = min(args.roll_out, (take.length - 1) // stride)
+    first = min((model.config.window - 1) * stride, take.length - 1 - steps * stride) % stride
+    last = min(first + (model.config.window - 1) * stride, take.length - 1 - steps * stride) // stride
+    errors, groups = torch.zeros(args.roll_out, 2), []
+    if not steps:
+        return errors
+    frames = {camera: torch.from_numpy(take.frames[camera][first::stride]).to(device).movedim(-1, 1)
+              for camera in model.config.cameras}
+    pixels = {camera: to_pixels(x, model.config.cameras[camera]) for camera, x in frames.items()}
+    seen, true = ({camera: x[part] for camera, x in pixels.items()}
+                  for part in (np.s_[:last + 1], np.s_[last + 1:last + 1 + steps]))
+    imagined = imagine(model, seen, take.sentence, steps, args.temperature)
+    kept = {camera: x[-1:].expand(steps, -1, -1, -1) for camera, x in seen.items()}
+    for n in range(steps):
+        errors[n] = change_errors(*({camera: x[None, n:n + 1] for camera, x in frames.items()}
+                                    for frames in (imagined, kept, true)),
+                                  torch.ones(1, 1, dtype=torch.bool, device=device),
+                                  model.config.patch).sum(0).cpu()
+    for camera in pixels:
+        rows = {f"{camera}\ntrue": torch.cat([seen[camera][-1:], true[camera]]),
+                "imagined": torch.cat([seen[camera][-1:], imagined[camera]])}
+        if isinstance(model, gr2.GR2):
+            codes = model.to_codes({camera: rows[f"{camera}\ntrue"]})[camera]
+            rows["true, through codes"] = model.vision.decode(codes)
+        drawn = {label: to_images(x).cpu().numpy() for label, x in rows.items()}
+        true_drawn, mine = list(drawn.values())[:2]
+        error = HEAT * np.abs(mine.astype(float) - true_drawn).mean(-1, keepdims=True)
+        drawn[f"error x {HEAT}"] = error.clip(0, 255).astype(np.uint8).repeat(3, -1)
+        groups.append([(label, [enlarge(x, 128) for x in images]) for label, images in drawn.items()])
+    how = f"drawn at temperature {args.temperature:g}" if args.temperature else "the likeliest"
+    notes = [f"checkpoint {args.checkpoint}; {last + 1} true frames given, the last of them first; "
+             f"{len(pixels)} view{'s' * (len(pixels) > 1)}" + f", codes {how}" * isinstance(model, gr2.GR2)]
+    caption = [(take.sentence, LARGE, INK), (take.outcome, SMALL, GRAY), *((x, SMALL, GRAY) for x in notes)]
+    file = io.BytesIO()
+    page(caption, [f"t + {n * stride}" for n in range(steps + 1)], groups).save(file, "PNG")
+    write_whole(out / f"{take.name}.png", file.getvalue())
+    return errors
 
 
 # -------------------------------------------------------------------------------------------- pictures
@@ -211,7 +301,7 @@ def sheet(strips, caption, moments):
 
 def draw_take(args, model, take, out):
     """Write the take's pictures into directory out; -> squared errors (cameras, 2), see look_ahead."""
-    caption, F = [(take.sentence, LARGE, INK), (take.outcome, SMALL, COLOURS[take.done])], model.config.future
+    caption, F = [(take.sentence, LARGE, INK), (take.outcome, SMALL, COLOURS[take.done])], ahead(model)
     if not args.show_predictions:
         write_gif(out / f"{take.name}.gif", [rollout_page(take, caption, t) for t in range(take.length)])
         return torch.zeros(2)
@@ -245,6 +335,13 @@ def main():
         raise UserError(f"cannot write to --out {out}: {error.strerror}") from None
     print(f"checkpoint {args.checkpoint} (--checkpoint), step {args.trained.get('step', 'unknown')}, seed "
           f"{args.seed}, " + (f"clips of {args.data}" if args.data else f"tabletop scene {args.scene}"))
+    if args.roll_out:
+        errors = sum(draw_roll_out(args, model, take, out) for take in recorded(args, model))
+        print("error of the imagined frame / error of repeating the last true one, in the patches that "
+              "change: " + ", ".join(f"{mine / copied:.2f} after {n}"
+                                     for n, (mine, copied) in enumerate(errors, 1) if copied > 0)
+              + f"\npictures in {out}")
+        return
     verdicts, errors = [], torch.zeros(len(model.config.cameras), 2)
     for take in (rollouts if args.data is None else recorded)(args, model):
         errors += draw_take(args, model, take, out)

@@ -1,6 +1,7 @@
 """
-Train GR-1: `--stage pretrain` on video (what will the camera see?), `--stage finetune` on demonstrations
-(what should the arm do, and what will it see?). One script, one loop, from one laptop core to many GPUs:
+Train GR-1 or GR-2: `--stage pretrain` on video (what will the camera see?), `--stage finetune` on
+demonstrations (what should the arm do, and what will it see?). One script, one loop, from one laptop core to
+many GPUs:
 
     python train.py --stage pretrain                  # nothing downloaded: the embedded tabletop, tiny preset
     torchrun --nproc 8 train.py --stage finetune      # starts from out/pretrain, 8 processes
@@ -12,11 +13,15 @@ log.jsonl (every logged line), first_batch.png (what the model is shown), sheets
 now / predicted / true) and best/ (the model with the least held-out loss). After Ctrl-C or SIGTERM it does
 the step to its end, saves all and exits with status 0. --bench and --estimate are in nanogr/bench.py.
 
-Logged: arm, gripper and one video loss a camera, unweighted, and the gradient's norm, each a mean over all
-processes and over the steps since the last line; skipped: steps without a finite gradient, so far;
-val/... losses on held-out episodes; val/CAMERA_ratio = error of the predicted frame / error of copying the
-present one, in patches that change; val/CAMERA_right and _wrong: the same where the sentence names a block's
-colour, with this sentence and with another colour in it; equal for a model that does not read the sentence.
+GR-2 (--preset gr2-...) reads the codes of its tokenizer, which are written beside the clips once; gr2-tiny's
+tokenizer is trained on the tabletop first, into out/tokenizer.
+
+Logged: arm, gripper and one video loss a camera (GR-2: kl; arm_mean, the arm at latent 0), unweighted, and
+the gradient's norm, each a mean over all processes and over the steps since the last line; skipped: steps
+without a finite gradient, so far; val/... losses on held-out episodes; val/CAMERA_ratio = error of the
+predicted frame / error of copying the present one, in patches that change; val/CAMERA_right and _wrong: the
+same where the sentence names a block's colour, with this sentence and with another colour in it; equal for a
+model that does not read the sentence.
 """
 import argparse
 import dataclasses
@@ -45,18 +50,20 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from model import GR1, ModelError, losses, preset_config, to_pixels, total_loss
-from nanogr import clips, weights
+import gr2
+import model as gr1
+from model import GR1, ModelError, known, to_pixels, total_loss
+from nanogr import clips, tokenizer, weights
 from nanogr.common import Parser, UserError, check_same, cores, lock, make_room, write_whole
 from nanogr.encoders import build_encoders
-from nanogr.policy import change_errors, draw, to_images
+from nanogr.policy import change_errors, pictures, to_images
 
 # ---------------------------------------------------------------------------------------------- config
 @dataclass
 class TrainConfig:
     """One training run. Every field is a flag; 0 and "" mean the preset's (see PRESETS) where they say so."""
     stage: str = "finetune"        # pretrain: video only; finetune: robot demonstrations
-    preset: str = "tiny"           # tiny (a laptop's), gr1 (the paper's) or real (its real robot's)
+    preset: str = "tiny"           # tiny (a laptop's), gr1 (the paper's), real (its real robot's); or gr2-...
     data: str = ""                 # packed clips, or a folder of training/ and validation/; "": the tabletop
     data_fraction: float = 1.0     # share of each task's clips to train on; 0.1: the paper's 10% setting
     out: str = ""                  # "": out/STAGE
@@ -79,6 +86,8 @@ class TrainConfig:
     arm_weight: float = 100.0      # the official coefficients; the paper's are 1, 1, 1
     gripper_weight: float = 1.0    # likewise
     video_weight: float = -1.0     # of each camera; -1: the preset's
+    kl_weight: float = 1.0         # of GR-2's action VAE, beside an arm_weight of 100
+    hide_states: float = 0.1       # GR-2: share of the windows without states, as in video that it rolls out
     video_steps: int = -1          # timesteps of a window that foresee, at random; 0: all; -1: the preset's
     shift: float = -1.0            # random shift, share of the image side; -1: the preset's
     # the machine
@@ -87,6 +96,8 @@ class TrainConfig:
     workers: int = -1              # loader processes a process; -1: 4 on a GPU, 0 on a CPU
     vision_weights: str = "hub"    # the gr1 preset's frozen MAE: hub, none (random) or a file
     text_weights: str = ""         # its CLIP, likewise; "": hub, or none where --vision-weights is none
+    tokenizer: str = ""            # GR-2's picture codes: a VQGAN's file, a directory, or none (random);
+                                   # "": the one that --init was trained on, or gr2-tiny's, out/tokenizer
     # watching
     held_out: float = 0.02         # share of the episodes, where the data has no validation/
     log_every: int = 50            # steps
@@ -113,19 +124,36 @@ PRESETS = {
 }
 PRESETS["real", "pretrain"] = PRESETS["gr1", "pretrain"]         # paper, real robot: batch and epochs differ
 PRESETS["real", "finetune"] = PRESETS["gr1", "finetune"] | dict(batch=64, epochs=30, warmup=1 / 30)
+# GR-2's optimizer is not published: GR-1's; the wider ones' rate falls as the width grows. No shift, for
+# codes are made once, and its paper names none. Weight 0.3: cross-entropy starts at ln 1024, not at 1.
+for name, width in ("gr2-s", 384), ("gr2-b", 384), ("gr2-l", 1024), ("gr2-xl", 1280):
+    for stage in "pretrain", "finetune":
+        theirs = PRESETS["gr1", stage]
+        PRESETS[name, stage] = theirs | dict(lr=theirs["lr"] * 384 / width, shift=0, video_weight=0.3)
+PRESETS["gr2-tiny", "pretrain"] = PRESETS["tiny", "pretrain"] | dict(batch=32, steps=1000)
+PRESETS["gr2-tiny", "finetune"] = PRESETS["tiny", "finetune"] | dict(
+    steps=4000, video_weight=0.3, fresh="none")
 PATIENCE = 10                    # steps in a row whose gradients may be infinite
 STOP = []                        # when Ctrl-C and SIGTERM came [s]
 # Model settings worth a flag of their own; --model KEY=VALUE reaches the others (see model.GR1Config).
 MODEL_FLAGS = {
     "--window": ("window", dict(type=int, help="timesteps that the model sees")),
     "--future-step": ("future", dict(type=int, help="so many frames ahead is foreseen")),
+    "--stride": ("stride", dict(type=int, help="GR-2: frames from one timestep to the next")),
     "--chunk": ("chunk", dict(type=int, help="so many actions are predicted at each timestep")),
     "--no-video": ("video", dict(action="store_false", help="the paper's ablation without [OBS]")),
     "--no-norm-pix": ("norm_pixels", dict(action="store_false", help="plain, not patch-normalised pixels")),
     "--action-activation": ("action_activation", dict(action="store_true", help="ReLU in the action head")),
 }
 LEAST = dict(accumulate=1, windows_per_clip=1, log_every=1, eval_every=1, eval_batches=1, batch=1, steps=0,
-             epochs=0, seed=0, lr=0, weight_decay=0, shift=0, video_steps=0, workers=-1)
+             epochs=0, seed=0, lr=0, weight_decay=0, shift=0, video_steps=0, workers=-1, kl_weight=0,
+             hide_states=0)
+
+
+def family(preset):
+    """The module of a preset's model, model.py or gr2.py; both have preset_config, losses, build_encoders."""
+    known("preset", preset, [*gr1.PRESETS, *gr2.PRESETS])
+    return gr2 if preset in gr2.PRESETS else gr1
 
 
 def parse(argv=None):
@@ -165,7 +193,7 @@ def parse(argv=None):
         except json.JSONDecodeError:
             parser.error(f"--model wants KEY=VALUE, where VALUE is a JSON value, got '{pair}'")
     config = TrainConfig(**args)
-    preset_config(config.preset, config.stage, **changes)        # names a misspelt preset or key early
+    family(config.preset).preset_config(config.preset, config.stage, **changes)      # misspelt names, early
     for key, value in PRESETS[config.preset, config.stage].items():
         chosen = config.steps or config.epochs if key in ("steps", "epochs") else False
         if getattr(config, key) == getattr(TrainConfig, key) and not chosen:
@@ -253,19 +281,28 @@ def set_up():
 
 
 # ------------------------------------------------------------------------------------------------ data
+TABLETOP, HERE = {"pretrain": "videos", "finetune": "demonstrations"}, pathlib.Path(__file__).resolve().parent
+
+
+def tabletop_data(stage, world):
+    """Where the tabletop's clips for a stage are; the first process makes them if they are not there yet."""
+    path = f"data/tabletop-{TABLETOP[stage]}"
+    if world.main and not os.path.exists(f"{path}/meta.json"):
+        command = ["-m", "nanogr.worlds.tabletop", "--make", TABLETOP[stage], "--out",
+                   os.path.relpath(path, HERE)]
+        world.print(f"  making {path} once: python {' '.join(command)}")
+        # in a process of its own, which Ctrl-C ends
+        if subprocess.run([sys.executable, *command], cwd=HERE).returncode:
+            raise UserError("the tabletop could not make its clips, see above")
+    return path
+
+
 def find_data(config, world):
-    """Open --data, or the tabletop's clips, which the first process makes if they are not there yet."""
-    path, kind = config.data, {"pretrain": "videos", "finetune": "demonstrations"}[config.stage]
+    """Open --data, or the tabletop's clips."""
+    path = config.data
     if not path:
-        path = f"data/tabletop-{kind}"
-        world.print(f"data: no --data given, so the embedded tabletop's {kind} in {path}")
-        if world.main and not os.path.exists(f"{path}/meta.json"):
-            here = pathlib.Path(__file__).resolve().parent
-            command = ["-m", "nanogr.worlds.tabletop", "--make", kind, "--out", os.path.relpath(path, here)]
-            world.print(f"  making them once: python {' '.join(command)}")
-            # in a process of its own, which Ctrl-C ends
-            if subprocess.run([sys.executable, *command], cwd=here).returncode:
-                raise UserError("the tabletop could not make its clips, see above")
+        world.print(f"data: no --data given, so the embedded tabletop's {TABLETOP[config.stage]}")
+        path = tabletop_data(config.stage, world)
         world.barrier()
     training, validation = clips.open_data(path)
     for data in (training, validation) if validation else (training,):
@@ -279,10 +316,15 @@ def find_data(config, world):
     return training, ids, training, held_out if len(held_out) else ids
 
 
-def training_windows(data, ids, config, model_config):
+def training_windows(data, ids, config, model_config, fingerprint="", learns=False):
+    """Random windows of clips; of codes, if the fingerprint of their tokenizer is given. learns: with what
+    GR-2 draws at random when it learns to act, noise for its latent and windows without states."""
+    learns = learns and isinstance(model_config, gr2.GR2Config) and model_config.robot
     return clips.Windows(data, ids, config.batch, model_config.window, model_config.future,
                          list(model_config.cameras), model_config.chunk, config.seed, config.windows_per_clip,
-                         config.shift, config.video_steps if model_config.video else 0)
+                         config.shift, config.video_steps if model_config.video else 0,
+                         getattr(model_config, "stride", 1), model_config.latent if learns else 0,
+                         config.hide_states if learns else 0, fingerprint)
 
 
 def held_out_windows(data, ids, config, model_config, world):
@@ -290,6 +332,35 @@ def held_out_windows(data, ids, config, model_config, world):
     size = max(1, min(64, config.batch) // world.size) * world.size
     plain = dataclasses.replace(config, batch=size, windows_per_clip=1, shift=0, video_steps=0)
     return training_windows(data, ids, plain, model_config)
+
+
+def find_tokenizer(config, world):
+    """Set --tokenizer where GR-2 needs one and none is named; gr2-tiny's is trained once."""
+    if config.preset not in gr2.PRESETS or config.tokenizer:
+        return
+    if config.preset != "gr2-tiny":
+        raise UserError(f"--preset {config.preset} needs --tokenizer FILE, a VQGAN's (docs/gr2.md), or none "
+                        "for random weights")
+    config.tokenizer = "out/tokenizer"
+    if world.main and not os.path.exists("out/tokenizer/tokenizer.json"):
+        folders = [config.data] if config.data else [tabletop_data(stage, world) for stage in TABLETOP]
+        command = ["-m", "nanogr.tokenizer", "--make", "out/tokenizer", "--data", *folders]
+        world.print(f"tokenizer: none yet, training one: python {' '.join(command)}")
+        if subprocess.run([sys.executable, *command], env=os.environ | {"PYTHONPATH": str(HERE)}).returncode:
+            raise UserError("no tokenizer could be made, see above")
+    world.barrier()
+
+
+def encode(model, folder, config, world):
+    """The fingerprint of GR-2's tokenizer, whose codes of a data set are then on the disk; "" where each
+    frame is encoded when it is needed: GR-1, or a random shift.
+    """
+    if not isinstance(model, gr2.GR2) or config.shift:
+        return ""
+    if world.main:
+        tokenizer.encode_clips(folder, model.vision, model.config.cameras)
+    world.barrier()
+    return model.vision.fingerprint
 
 
 def batches(windows, steps, passes, world, workers):
@@ -339,16 +410,26 @@ def shift(frames, by):
     return frames[which, :, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 4, 1, 2)
 
 
+def take_in(batch, model):
+    """What the model takes of a batch: frames as `see` says; GR-2: their codes {camera: (B, N, P)}."""
+    if "codes" in batch:
+        return batch["codes"]
+    pixels = see(batch, model.config)
+    return model.to_codes(pixels) if isinstance(model, gr2.GR2) else pixels
+
+
 def predict(net, config, batch, pixels):
     """The model's predictions for a batch that it sees as `pixels`, of which the last are for the losses."""
     seen = {camera: x[:, :x.shape[1] - config.future] for camera, x in pixels.items()}
+    learns = [batch[key] for key in ("rel_actions", "action_mask", "noise")] if "noise" in batch else []
     return net(seen, batch["sentences"], batch.get("robot_obs"), batch["mask"], batch["video_at"],
-               batch.get("frame_at"))
+               batch.get("frame_at"), *learns)
 
 
 def weighted(named, config):
     """The sum that is minimised, weighted as config says."""
-    return total_loss(named, config.arm_weight, config.gripper_weight, config.video_weight)
+    return total_loss(named, config.arm_weight, config.gripper_weight, config.video_weight,
+                      kl=config.kl_weight, arm_mean=0)
 
 
 def count_targets(batch):
@@ -366,25 +447,31 @@ def other_colour(sentence):
 @torch.no_grad()
 def evaluate(learner, windows, config, world):
     """Mean losses on held-out windows, always the same: {name: float}; a sheet, uint8 (H, W, 3), or None."""
-    net, model_config = learner.net.eval(), learner.model.config
-    sums, video, sheet = {}, torch.zeros(3, len(model_config.cameras), 2, device=world.device), None
+    net, model, model_config = learner.net.eval(), learner.model, learner.model.config
+    losses, sums, sheet = family(model_config.preset).losses, {}, None
+    video = torch.zeros(3, len(model_config.cameras), 2, device=world.device)
     for batch in batches(windows, range(config.eval_batches), 1, world, config.workers):
         batch = to_device(batch, world.device)
         with learner.autocast:
             pixels = see(batch, model_config)
-            out = predict(net, model_config, batch, pixels)
+            seen = model.to_codes(pixels) if isinstance(model, gr2.GR2) else pixels
+            out = predict(net, model_config, batch, seen)
         counts = world.mean(count_targets(batch))
-        for name, value in losses(out, batch, pixels, model_config, counts=counts).items():
+        for name, value in losses(out, batch, seen, model_config, counts=counts).items():
             sums[name] = sums.get(name, 0) + value / config.eval_batches
         if model_config.video:
             told = [other_colour(sentence) for sentence in batch["sentences"]]
             named = torch.tensor([a != b for a, b in zip(told, batch["sentences"])], device=world.device)
             named = batch["future_mask"] & named[:, None]
             with learner.autocast:
-                wrong = predict(net, model_config, batch | {"sentences": told}, pixels)
-            video += torch.stack([change_errors(*pair, model_config) for pair in (
-                (out, pixels, batch["future_mask"]), (out, pixels, named), (wrong, pixels, named))])
-            sheet = draw_sheet(out, pixels, model_config) if sheet is None and world.main else sheet
+                wrong = predict(net, model_config, batch | {"sentences": told}, seen)
+            now = {camera: x[:, :model_config.window] for camera, x in pixels.items()}
+            future = {camera: x[:, model_config.future:] for camera, x in pixels.items()}
+            drawn, misled = (pictures(model, x, now) for x in (out, wrong))
+            video += torch.stack([change_errors(frames, now, future, judged, model_config.patch)
+                                  for frames, judged in ((drawn, batch["future_mask"]), (drawn, named),
+                                                         (misled, named))])
+            sheet = draw_sheet(drawn, pixels, model_config) if sheet is None and world.main else sheet
     net.train()
     result = {f"val/{name}": world.mean(value).item() for name, value in sums.items()}
     if model_config.video:
@@ -394,21 +481,27 @@ def evaluate(learner, windows, config, world):
     return result, sheet
 
 
-def draw_sheet(out, pixels, config, count=8):
+def draw_sheet(drawn, pixels, config, count=8):
     """Last step of the first windows: columns; per camera three rows, now / predicted / true future frame."""
     rows = []
     for camera in config.cameras:
-        now, future = pixels[camera][:count, config.window - 1], pixels[camera][:count, -1]
-        drawn = draw(out[camera][:count, -1].float(), now, config)
-        rows += [to_images(x).cpu().numpy() for x in (now, drawn, future)]
+        x = pixels[camera][:count]
+        last = x[:, config.window - 1], drawn[camera][:count, -1], x[:, -1]
+        rows += [to_images(y).cpu().numpy() for y in last]
     return tile(rows)
 
 
-def draw_batch(batch, config, count=4):
+@torch.no_grad()
+def draw_batch(batch, model, count=4):
     """The first runs of frames of a training batch, as the model will see them, a row for each camera."""
     few = {key: {camera: x[:count] for camera, x in batch[key].items()}
-           for key in ("frames", "shifts") if key in batch}
-    seen = {camera: to_images(x).numpy() for camera, x in see(few, config).items()}
+           for key in ("frames", "shifts", "codes") if key in batch}
+    if "codes" in few:                                   # as its tokenizer paints them
+        seen = {camera: model.vision.decode(x.flatten(0, 1).long().to(model.timestep.device)).cpu().unflatten(
+            0, x.shape[:2]) for camera, x in few["codes"].items()}
+    else:
+        seen = see(few, model.config)
+    seen = {camera: to_images(x).numpy() for camera, x in seen.items()}
     return tile([row for clip in zip(*seen.values()) for row in clip])
 
 
@@ -422,7 +515,8 @@ def tile(rows):
 # ----------------------------------------------------------------------------------------- build, save
 def build(config, changes, world):
     """The model of the preset, from its checkpoint where the run starts from one."""
-    model_config = preset_config(config.preset, config.stage, **changes)
+    kind = family(config.preset)
+    model_config = kind.preset_config(config.preset, config.stage, **changes)
     found = config.stage == "finetune" and os.path.exists("out/pretrain/config.json")
     fits = found and weights.read_config("out/pretrain")["model"].get("preset") == model_config.preset
     if found and not (fits or config.init or config.resume):
@@ -430,9 +524,10 @@ def build(config, changes, world):
     init = "none" if config.resume else config.init or ("out/pretrain" if fits else "none")
     state = None if init == "none" else weights.read_checkpoint(init)
     torch.manual_seed(config.seed)
-    vision, text = build_encoders(model_config, config.vision_weights, config.text_weights)
-    text.group = 16                                      # CLIP's, see there: a resumed run gets the same bits
-    model = GR1(model_config, vision, text)
+    encoders = (gr2.build_encoders(model_config, config.tokenizer, config.text_weights) if kind is gr2 else
+                build_encoders(model_config, config.vision_weights, config.text_weights))
+    encoders[1].group = 16                               # CLIP's, see there: a resumed run gets the same bits
+    model = (gr2.GR2 if kind is gr2 else GR1)(model_config, *encoders)
     model.trunk.unused_wte.requires_grad_(False)         # DDP would wait for its gradient
     if state:
         start_from(state, init, model, config, world)
@@ -448,11 +543,16 @@ def start_from(state, init, model, config, world):
     for part in fresh:
         if part not in names:
             raise UserError(f"--fresh {part}: no such part; there are {', '.join(sorted(names))}")
+    new = weights.finetuning_parts(model.config.cameras)
+    if isinstance(model, gr2.GR2):
+        new += "no_state", *(f"camera.{camera}" for camera in list(model.config.cameras)[1:])
     try:
-        report = weights.load(model, state, init, fresh, weights.finetuning_parts(model.config.cameras))
+        report = weights.load(model, state, init, fresh, new)
     except UserError as error:
         raise UserError(f"{error}; --init none starts fresh") from error
     saved = weights.read_config(init)
+    if isinstance(model, gr2.GR2):
+        gr2.same_tokenizer(model.vision, saved.get("encoders", {}).get("fingerprint"), init)
     step, steps = saved.get("step"), saved.get("train", {}).get("steps")
     early = f"  it was saved at step {step} of {steps}\n" if step and steps and step < steps else ""
     world.print(f"init: {report}\n{early}  (--init none starts without)")
@@ -472,6 +572,11 @@ def save_model(out, config, model, step):
     info = dict(step=step, train=dataclasses.asdict(config))
     if model.config.preset == "gr1":
         info["encoders"] = dict(vision_weights=config.vision_weights, text_weights=config.text_weights)
+    if isinstance(model, gr2.GR2):
+        info["encoders"] = dict(tokenizer=os.path.abspath(config.tokenizer), text_weights=config.text_weights,
+                                fingerprint=model.vision.fingerprint)
+        if model.config.preset == "gr2-tiny":            # small enough to travel with the model
+            tokenizer.save_tokenizer(model.vision, out)
     weights.save_checkpoint(out, model, **info)
 
 
@@ -486,9 +591,15 @@ def save(config, learner, progress, world):
         state = dict(step=progress.step, best=progress.best, sums=sums.tolist(),
                      skipped=progress.skipped.tolist(), processes=world.size, clips=progress.clips,
                      model=model.trained_state(), optimizer=learner.optimizer.state_dict(),
-                     config=dataclasses.asdict(config) | dataclasses.asdict(model.config))
+                     config=settings(config, model))
         write_whole(os.path.join(config.out, "resume.pt"), lambda file: torch.save(state, file))
     progress.saved = progress.step
+
+
+def settings(config, model):
+    """All that a resumed run must have in common with the run that it goes on with, by name."""
+    codes = dict(fingerprint=model.vision.fingerprint) if isinstance(model, gr2.GR2) else {}
+    return dataclasses.asdict(config) | dataclasses.asdict(model.config) | codes
 
 
 def precision(config, world):
@@ -531,14 +642,16 @@ def equip(model, config, world):
     optimizer = torch.optim.AdamW(parameters, config.lr, (0.9, config.beta2),
                                   weight_decay=config.weight_decay, fused=True)
     for name in model.frozen() if bf16 else []:          # autocast would cast their weights at every step
-        getattr(model, name).bfloat16()
+        if not isinstance(model, gr2.GR2) or name == "text":             # but codes are of full precision
+            getattr(model, name).bfloat16()
     if gpu:
         model.vision.to(memory_format=torch.channels_last)              # as the JPEGs' bytes come
     compiled = compiles(config, world)
     if compiled:
         # by parts: sentences are no tensors, and a part's gradients are averaged while others are computed
-        for part in model.vision, model.resampler, model.trunk, *([model.video_head] * model.config.video):
-            part.compile()
+        for name in "vision", "resampler", "trunk", "video_head":
+            if hasattr(model, name):
+                getattr(model, name).compile()
     net = model
     if world.size > 1:
         net = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -584,9 +697,9 @@ def load_resume(config, learner, print_of_data, world):
                         "another --out")
     free = {"resume", "out", "init", "fresh", "workers", "log_every", "eval_every", "eval_batches", "compile",
             "wandb", "tensorboard"} | ({"data"} if "clips" in state else set())
-    now = dataclasses.asdict(config) | dataclasses.asdict(learner.model.config)
+    now = settings(config, learner.model)
     fixed = [key for key in state["config"] if key not in free]
-    before, now = ({key: settings.get(key) for key in fixed} for settings in (state["config"], now))
+    before, now = ({key: some.get(key) for key in fixed} for some in (state["config"], now))
     check_same(before, now, config.out, ": give the same, or another --out")
     weights.load_strictly(learner.model, state["model"], path)
     learner.optimizer.load_state_dict(state["optimizer"])
@@ -696,7 +809,8 @@ def train_step(step, learner, loader, config, world, skipped):
     processes told to stop, skipped steps in a row before this one]). Nothing here waits for the device, but
     for the copies that encoding sentences takes.
     """
-    net, optimizer, model_config = learner.net, learner.optimizer, learner.model.config
+    net, optimizer, model = learner.net, learner.optimizer, learner.model
+    model_config, losses = model.config, family(model.config.preset).losses
     torch.manual_seed(((config.seed * 1_000_003 + step) * 10_007 + world.rank) % 2 ** 63)     # for dropout
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
@@ -709,7 +823,7 @@ def train_step(step, learner, loader, config, world, skipped):
         waits = world.size > 1 and i < config.accumulate - 1         # gradients are averaged in the last pass
         with net.no_sync() if waits else nullcontext():
             with learner.autocast:
-                pixels = see(batch, model_config)
+                pixels = take_in(batch, model)
                 out = predict(net, model_config, batch, pixels)
                 named = losses(out, batch, pixels, model_config, counts)
             loss = weighted(named, config) / config.accumulate
@@ -812,10 +926,12 @@ def train(config, changes, world):
     check_batch(config, world)
     data, ids, *apart = find_data(config, world)
     config.resume = config.resume and can_resume(config, world)
+    find_tokenizer(config, world)
     model = build(config, changes, world)
     places = int(np.maximum(1, data.lengths[ids] - model.config.window + 1).sum())
     config.steps, config.epochs = config.steps or math.ceil(config.epochs * places / config.batch), 0.0
-    windows = training_windows(data, ids, config, model.config)
+    codes = encode(model, data.directory, config, world)
+    windows = training_windows(data, ids, config, model.config, codes, learns=True)
     held_out = held_out_windows(*apart, config, model.config, world)
     if world.main:
         os.makedirs(config.out, exist_ok=True)
@@ -836,7 +952,7 @@ def train(config, changes, world):
                 f"{config.steps} steps of {config.batch} windows ({config.steps * config.batch / places:.1f} "
                 f"epochs); {world.size} x {world.device.type}, {precision(config, world)}")
     if world.main and not progress.step:
-        sheet = draw_batch(windows[0, 0, world.size * config.accumulate], model.config)
+        sheet = draw_batch(windows[0, 0, world.size * config.accumulate], model)
         Image.fromarray(sheet).save(os.path.join(config.out, "first_batch.png"))
     loader = batches(windows, range(progress.step, config.steps), config.accumulate, world, config.workers)
     log = Log(config, progress.step, world, others)

@@ -7,6 +7,7 @@ What the lessons measure, a function each: `python course/lab.py NAME`.
     sentence RUN DATA     lessons 5 and 6: the same clips with another task's sentence
     confusion             lesson 6: can the arm's last moves alone foretell its next action?
     acting                lesson 7: the policy beside a full forward over the window
+    codes TOKENIZER DATA  lesson 9: how much of a picture's codes changes, and what painting them again costs
 
 RUN is a directory that train.py wrote, DATA a directory of packed clips. Nothing is written.
 """
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 
 from model import GR1, GR1Config, ModelError, Resampler, losses, preset_config, to_pixels
-from nanogr import clips
+from nanogr import clips, tokenizer
 from nanogr.common import run_script
 from nanogr.encoders import build_encoders
 from nanogr.policy import Policy, to_action
@@ -183,14 +184,26 @@ def acting(steps=12):
         difference = max(difference, np.abs(arm - out["arm"][0, -1].numpy()).max())
         print(f"step {step:>2}: window of {len(seen)}, policy {1000 * seconds[-1][0]:5.1f} ms, "
               f"full forward {1000 * seconds[-1][1]:5.1f} ms")
-        observation = world.step(to_action(arm, gripper))
+        observation = world.step(to_action(arm[0], gripper[0]))
     print(f"difference {difference:.1e}")
     mine, full = np.median(seconds[config.window:], 0)
     print(f"speedup {full / mine:.2f}   (once the window is full)")
 
 
+# ------------------------------------------------------------------------------------------- lesson 9
+def codes(path, directory, ahead=3, count=500):
+    """Print which share of a picture's codes are others `ahead` steps later, and the tokenizer's floor."""
+    made, data = tokenizer.open_tokenizer(path), clips.Clips(directory)
+    for camera, (ratio, used) in tokenizer.judge(made, data, ahead, count).items():
+        now, later = tokenizer.frames_of(data, camera, np.random.default_rng(0), count, ahead)
+        first, second = made.encode(now), made.encode(later)
+        print(f"{camera}: {first.shape[1]} codes a picture, {used} of {made.codes} in use; the first one's:\n"
+              f"{first[0].unflatten(0, (int(first.shape[1] ** 0.5), -1)).numpy()}")
+        print(f"codes_that_change {(first != second).float().mean():.3f}   floor {ratio:.2f}")
+
+
 MEASURES = dict(clip=clip, resampler=resampler, losses=pull, sentence=sentence, confusion=confusion,
-                acting=acting)
+                acting=acting, codes=codes)
 
 
 def main():

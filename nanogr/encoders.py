@@ -23,17 +23,27 @@ def build_encoders(config, vision=None, text=None, vision_weights="hub", text_we
     words that say where the weights come from: "hub", "none" (random) or a file; None: as vision_weights and
     text_weights say. The tiny preset's are its own and train with the rest. UserError if they can't be had.
     """
-    vision, text = vision_weights if vision is None else vision, text_weights if text is None else text
+    vision, text = vision_weights if vision is None else vision, build_text(config, text, text_weights)
     if config.preset == "tiny":
-        for given in vision, text:
-            if isinstance(given, str) and given not in ("hub", "none"):
-                raise UserError(f"the tiny preset has encoders of its own: {given} is for --preset gr1")
-        vision = TinyVision(config.vision_dim) if isinstance(vision, str) else vision
-        return vision, HashText(config.text_dim) if isinstance(text, str) else text
-    return (fill(MAEVision, vision, "image encoder timm/vit_base_patch16_224.mae", "--mae",
-                 "mae_pretrain_vit_base.pth"),
-            fill(CLIPText, text, "text encoder open_clip ViT-B-32-quickgelu 'openai'", "--clip",
-                 "open_clip_model.safetensors"))
+        return TinyVision(config.vision_dim) if its_own(vision) else vision, text
+    return fill(MAEVision, vision, "image encoder timm/vit_base_patch16_224.mae", "--mae",
+                "mae_pretrain_vit_base.pth"), text
+
+
+def build_text(config, text=None, text_weights="hub"):
+    """The text encoder of a preset, GR-1's or GR-2's, see build_encoders."""
+    text = text_weights if text is None else text
+    if config.preset.endswith("tiny"):
+        return HashText(config.text_dim) if its_own(text) else text
+    return fill(CLIPText, text, "text encoder open_clip ViT-B-32-quickgelu 'openai'", "--clip",
+                "open_clip_model.safetensors")
+
+
+def its_own(encoder):
+    """Whether the tiny preset is to take its own encoder; UserError if a file of weights is named."""
+    if isinstance(encoder, str) and encoder not in ("hub", "none"):
+        raise UserError(f"the tiny preset has encoders of its own: {encoder} is for --preset gr1")
+    return isinstance(encoder, str)
 
 
 def fill(encoder, source, what, flag, example):

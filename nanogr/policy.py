@@ -1,4 +1,4 @@
-"""Acting with a GR-1 model, and looking at what it foresees.
+"""Acting with a GR-1 or GR-2 model, and looking at what it foresees.
 
     policy = Policy(GR1.from_pretrained("out/finetune"))
     policy.reset()                                          # at a new instruction
@@ -14,7 +14,7 @@ from model import ModelError, imagenet, patchify, to_pixels
 
 
 class Policy:
-    """Acts step by step with a GR1 model: `reset()` at a new instruction, then `step(observation, sentence)`.
+    """Acts step by step with a model: `reset()` at a new instruction, then `step(observation, sentence)`.
 
     Exactly the action of a full forward over the window, at a fraction of its cost: a frame is encoded once
     and kept while it slides through the window, and of the queries only the last [ACT] is computed. The trunk
@@ -22,24 +22,46 @@ class Policy:
     keys and values of the step before are of no use.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, execute=1, ensemble=None, sample_z=False):
+        """execute: so many actions of a predicted chunk are done before the model is asked again. ensemble:
+        a number m; every step's action is a mean over all chunks that have one for it, weighted exp(-m i),
+        i = 0 the oldest (ACT, Zhao et al. 2023). sample_z: draw a VAE's latent (GR-2) instead of taking 0.
+        """
         if not model.config.robot:
             raise ModelError("this model was pre-trained on video and has no action head: finetune it first "
                              "(train.py --stage finetune)")
-        self.model = model.eval()
-        self.device = next(model.parameters()).device
+        if not 1 <= execute <= model.config.chunk:
+            raise ModelError(f"execute must be from 1 to the {model.config.chunk} actions that the model "
+                             f"predicts, got {execute}")
+        if ensemble is not None and execute > 1:
+            raise ModelError("an ensemble asks at every step: leave execute at 1")
+        if sample_z and not getattr(model.config, "latent", 0):
+            raise ModelError("this model has no latent to draw")
+        self.model, self.execute, self.ensemble, self.sample_z = model.eval(), execute, ensemble, sample_z
+        self.device, self.stride = next(model.parameters()).device, getattr(model.config, "stride", 1)
         self.reset()
 
+    def another(self):
+        """A policy of the same model and settings, with a history of its own."""
+        return Policy(self.model, self.execute, self.ensemble, self.sample_z)
+
     def reset(self):
-        self.history = deque(maxlen=self.model.config.window)    # a step's (images (., D), state (D,))
+        # a frame's (images (., D), state (D,)): those of the window, and between them what later windows need
+        self.history = deque(maxlen=(self.model.config.window - 1) * self.stride + 1)
         self.frames, self.sentence, self.language = None, None, None
+        self.plan, self.chunks = deque(), deque(maxlen=self.model.config.chunk)
+
+    @property
+    def window(self):
+        """The window's steps of the history: every stride-th, ending now."""
+        return list(self.history)[::-self.stride][::-1]
 
     def step(self, observation, sentence):
         """observation: dict with uint8 (H, W, 3) images by camera name and robot_obs (15,); sentence: str.
         Returns rel_actions float32 (7,): six of about [-1, 1], not cut off there (nor does the official
         evaluation), gripper -1 (close) or +1 (open).
         """
-        return to_action(*self.actions(observation, sentence))
+        return step_together([self], [observation], [sentence])[0]
 
     def actions(self, observation, sentence):
         """Like step, for the whole predicted chunk: arm (K, 6) and gripper logits (K,) as numpy arrays."""
@@ -50,8 +72,21 @@ class Policy:
         """Take in one more step: frames {camera: (1, 3, H, W)}, encoded images (., D) and state (D,)."""
         if sentence != self.sentence:
             self.sentence, self.language = sentence, self.model.encode_language([sentence])
+            self.plan.clear()
+            self.chunks.clear()
         self.frames = frames
         self.history.append((images, state))
+
+    def take(self, arm, gripper):
+        """Take in a chunk that the model predicts now."""
+        if self.ensemble is None:
+            self.plan.extend(zip(arm[:self.execute], gripper[:self.execute]))
+            return
+        self.chunks.append((arm, gripper))
+        ages = np.arange(len(self.chunks))[::-1]                             # the oldest chunk comes first
+        weight = np.exp(-self.ensemble * np.arange(len(ages)))
+        mean = lambda k: np.average([chunk[k][age] for chunk, age in zip(self.chunks, ages)], 0, weight)
+        self.plan.append((mean(0), mean(1)))
 
     @torch.no_grad()
     def predicted_frames(self):
@@ -61,23 +96,40 @@ class Policy:
             raise ModelError("this model was trained without video prediction (no [OBS])")
         if not self.history:
             raise ModelError("nothing was seen yet: call step before predicted_frames")
-        never, last = torch.arange(0), torch.tensor([len(self.history) - 1])
+        never, last = torch.arange(0), torch.tensor([len(self.window) - 1])
         queries, _ = model.queries(never, last)
         now = {c: to_pixels(self.frames[c], side)[:, None] for c, side in config.cameras.items()}
         out = model.heads(ask([self], queries), 0, now)
-        return {c: to_images(draw(out[c][:, 0], now[c][:, 0], config))[0].cpu().numpy() for c in now}
+        return {c: to_images(x)[0, 0].cpu().numpy() for c, x in pictures(model, out, now).items()}
 
 
 def to_action(arm, gripper):
-    """A chunk, arm (K, 6) and gripper logits (K,), -> the rel_actions (7,) to execute now: its first."""
-    return np.append(arm[0], 1.0 if gripper[0] > 0 else -1.0).astype(np.float32)
+    """A step's arm (6,) and gripper logit -> its rel_actions (7,)."""
+    return np.append(arm, 1.0 if gripper > 0 else -1.0).astype(np.float32)
+
+
+def step_together(policies, observations, sentences):
+    """The actions (7,) of B policies of one model after one more observation each; who still has actions of
+    an earlier chunk to execute is not asked.
+    """
+    look_together(policies, observations, sentences)
+    asked = [policy for policy in policies if not policy.plan]
+    for policy, arm, gripper in zip(asked, *predict_together(asked)) if asked else ():
+        policy.take(arm, gripper)
+    return [to_action(*policy.plan.popleft()) for policy in policies]
+
+
+def act_together(policies, observations, sentences):
+    """What B policies of one model predict after one more observation each: arm (B, K, 6) and gripper logits
+    (B, K) as numpy arrays.
+    """
+    look_together(policies, observations, sentences)
+    return predict_together(policies)
 
 
 @torch.no_grad()
-def act_together(policies, observations, sentences):
-    """What B policies of one model predict after one more observation each: arm (B, K, 6) and gripper logits
-    (B, K) as numpy arrays. All frames are encoded at once; windows of one length are asked at once.
-    """
+def look_together(policies, observations, sentences):
+    """B policies of one model take in an observation each. All frames are encoded at once."""
     if not all(sentence.strip() for sentence in sentences):
         raise ModelError("the instruction is empty: say what the robot should do")
     model, config, device = policies[0].model, policies[0].model.config, policies[0].device
@@ -85,29 +137,48 @@ def act_together(policies, observations, sentences):
               for c in config.cameras}
     images = model.encode_images({c: to_pixels(x, config.cameras[c]) for c, x in frames.items()})
     robot_obs = np.stack([np.asarray(seen["robot_obs"], np.float32) for seen in observations])
-    states, by_length = model.encode_state(torch.tensor(robot_obs, device=device)), defaultdict(list)
+    states = model.encode_state(torch.tensor(robot_obs, device=device))
     for i, (policy, sentence) in enumerate(zip(policies, sentences)):
         policy.remember({c: x[i:i + 1] for c, x in frames.items()}, images[i], states[i], sentence)
-        by_length[len(policy.history)].append(i)
+
+
+@torch.no_grad()
+def predict_together(policies):
+    """What B policies of one model predict now: arm (B, K, 6) and gripper logits (B, K) as numpy arrays.
+    Windows of one length are asked at once.
+    """
+    model, config, by_length = policies[0].model, policies[0].model.config, defaultdict(list)
+    for i, policy in enumerate(policies):
+        by_length[len(policy.window)].append(i)
     arm = np.empty((len(policies), config.chunk, model.action_head.arm.out_features), np.float32)
     gripper = np.empty((len(policies), config.chunk), np.float32)
     for rows in by_length.values():
-        answers = model.action_head(ask([policies[i] for i in rows], model.query_act))
-        arm[rows], gripper[rows] = (x.float().cpu().numpy() for x in answers)
+        act = ask([policies[i] for i in rows], model.query_act)
+        drawn = [torch.randn(len(rows), config.latent, device=act.device)] if policies[0].sample_z else []
+        arm[rows], gripper[rows] = (x.float().cpu().numpy() for x in model.action_head(act, *drawn))
     return arm, gripper
 
 
 def ask(policies, queries):
     """Answers (B, R, D) to queries (R, D) put at the last step of B policies' windows of one length."""
-    model, length = policies[0].model, len(policies[0].history)
+    model, length = policies[0].model, len(policies[0].window)
     images, states = (torch.stack([torch.stack(x) for x in each])
-                      for each in zip(*(zip(*policy.history) for policy in policies)))
+                      for each in zip(*(zip(*policy.window) for policy in policies)))
     context = model.context(torch.cat([policy.language for policy in policies]), images, states)
     last = torch.full((len(queries),), length - 1, device=queries.device)
     return model.trunk(context, queries.expand(len(policies), -1, -1), last)
 
 
 # ------------------------------------------------------------------------------------------- foresight
+def pictures(model, out, now):
+    """A model's predictions of future frames as normalised pixels {camera: (..., 3, S, S)}; now: likewise the
+    frames at which it was asked. GR-2's codes are decoded, GR-1's patches drawn.
+    """
+    if hasattr(model, "draw"):
+        return {camera: model.draw(out[camera]) for camera in model.config.cameras}
+    return {camera: draw(out[camera].float(), now[camera], model.config) for camera in model.config.cameras}
+
+
 def draw(prediction, now, config):
     """Predicted patches (..., P, patch^2 * 3) -> normalised pixels (..., 3, S, S). What a patch-normalised
     prediction lacks, each patch's mean and spread, is taken from the frame observed `now` (..., 3, S, S),
@@ -133,17 +204,16 @@ def to_images(pixels):
 
 
 @torch.no_grad()
-def change_errors(out, pixels, future_mask, config):
+def change_errors(drawn, now, future, is_true, patch):
     """Does the model foresee better than "nothing will move"? Tensor (cameras, 2): squared error of the
     predicted frame and of copying the present one, summed over the patches that change (by 5 of 255 gray
-    levels on average); a ratio below 1 beats copying. out, pixels, future_mask: as in losses.
+    levels on average); a ratio below 1 beats copying. drawn, now, future: normalised pixels {camera:
+    (B, T, 3, S, S)}, predicted and true; is_true: bool (B, T), whether the clip has that future frame.
     """
     sums = []
-    for camera in config.cameras:
-        now, future = pixels[camera][:, :future_mask.shape[1]], pixels[camera][:, config.future:]
-        drawn = draw(out[camera].float(), now, config)
-        gray = patchify(imagenet("std", now.device).expand_as(now), config.patch)               # to 0..1
-        now, future, drawn = (patchify(x, config.patch) * gray for x in (now, future, drawn))
-        changed = ((future - now).abs().mean(-1) > 5 / 255) & future_mask[..., None]
-        sums.append(torch.stack([((x - future) ** 2).mean(-1)[changed].sum() for x in (drawn, now)]))
+    for camera in drawn:
+        gray = patchify(imagenet("std", is_true.device).expand_as(now[camera]), patch)          # to 0..1
+        seen, before, after = (patchify(x[camera], patch) * gray for x in (drawn, now, future))
+        changed = ((after - before).abs().mean(-1) > 5 / 255) & is_true[..., None]
+        sums.append(torch.stack([((x - after) ** 2).mean(-1)[changed].sum() for x in (seen, before)]))
     return torch.stack(sums)

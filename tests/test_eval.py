@@ -81,7 +81,7 @@ def test_one_model_serves_many_worlds():
         apart = [alone[i].step(o, text) for i, o, text in zip(who, seen, sentences)]
         if who:
             chunks = policy.act_together([together[i] for i in who], seen, sentences)
-            actions = [policy.to_action(*chunk) for chunk in zip(*chunks)]
+            actions = [policy.to_action(arm[0], gripper[0]) for arm, gripper in zip(*chunks)]
             assert np.allclose(actions, apart, atol=1e-5)
             images = [list(policies[who[0]].predicted_frames().values()) for policies in (alone, together)]
             assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(*images))

@@ -19,7 +19,8 @@ def test_foresight_is_judged_and_drawn():
     perfect = future.clone()
     perfect[:, :, [1, 3]] += 1                                                 # but for that half
     errors = lambda out, real=True: policy.change_errors(
-        dict.fromkeys(CAMERAS, out), dict.fromkeys(CAMERAS, x), torch.full((2, 4), real), config)
+        *(dict.fromkeys(CAMERAS, y) for y in (policy.draw(out, x[:, :4], config), x[:, :4], x[:, 2:])),
+        torch.full((2, 4), real), config.patch)
     assert errors(now).shape == (2, 2) and (errors(now) > 0).all() and same(*errors(now).T, 1e-4)
     assert (errors(perfect)[:, 0] == 0).all() and same(errors(perfect)[:, 1], errors(now)[:, 1], 1e-4)
     assert (errors(now, real=False) == 0).all()

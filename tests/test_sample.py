@@ -4,7 +4,7 @@ import torch
 
 import model as gr1
 import sample
-from nanogr import clips
+from nanogr import clips, policy
 from tests.helpers import CAMERAS, run, same, small_model
 
 
@@ -19,7 +19,9 @@ def test_sample_shows_what_the_model_foresees(tmp_path, tabletop_data, checkpoin
     for t in range(len(robot_obs)):
         seen = slice(max(0, t + 1 - model.config.window), t + 1)
         full = model({c: x[None, seen] for c, x in pixels.items()}, [take.sentence], robot_obs[None, seen])
-        assert all(same(out[c][0, t], full[c][0, -1], 1e-5) for c in CAMERAS), t
+        drawn = policy.pictures(model, {c: full[c][:, -1:] for c in CAMERAS},
+                                {c: x[None, t:t + 1] for c, x in pixels.items()})
+        assert all(same(out[c][0, t], drawn[c][0, 0], 1e-5) for c in CAMERAS), t
     for name, stage, *flags in (("rollout-00", "finetune", "--show-predictions"),
                                 ("clip-*", "pretrain", "--data", tabletop_data / "videos")):
         status, text = run("sample.py", "--checkpoint", checkpoints / stage, *flags, "--episodes", 1,

@@ -70,7 +70,8 @@ def test_another_colour_in_the_sentence(tabletop_data):
         Painter.future = pixels["rgb_static"][:, 1:]
         return pixels
 
-    learner = mock.Mock(net=Painter(), autocast=contextlib.nullcontext(), model=mock.Mock(config=config))
+    model = mock.Mock(spec=["config"], config=config)
+    learner = mock.Mock(net=Painter(), autocast=contextlib.nullcontext(), model=model)
     with mock.patch.object(train, "see", remember):
         figures, _ = train.evaluate(learner, windows, train.TrainConfig(eval_batches=2), train.Processes())
     assert any("pink" in sentence for step in range(2) for sentence in windows[step]["sentences"])
