@@ -1,10 +1,11 @@
 """
 Draw the course's figures from the code: `python course/figures.py [NAME ...]`, all without a name.
 
-    model, mask, clip, resampler, target, losses, pretraining, confusion, window, judging
+    model, mask, clip, resampler, target, losses, pretraining, confusion, window, judging, codes
 
 Writes course/figures/NAME.png. `clip` reads data/course (lesson 1), `resampler` and `losses` the run
-out/lesson4, `pretraining` out/lesson5, `judging` out/lesson8*; the others need nothing but the code.
+out/lesson4, `pretraining` out/lesson5, `judging` out/lesson8*, `codes` out/tokenizer or out/lesson9; the
+others need nothing but the code.
 """
 import json
 import math
@@ -21,8 +22,8 @@ from PIL import Image, ImageDraw, ImageFont
 import lab
 from eval_calvin import wilson
 from model import GR1, attention_mask, preset_config, to_pixels, token_table, video_target
-from nanogr import clips
-from nanogr.policy import unpatchify
+from nanogr import clips, tokenizer
+from nanogr.policy import to_images, unpatchify
 from nanogr.worlds import tabletop
 
 OUT = ROOT / "course/figures"
@@ -429,8 +430,29 @@ def judging():
     sheet.save("judging")
 
 
+def codes():
+    """A frame, its codes, the frame painted from them, by the tokenizer of make demo-gr2 or of lesson 9."""
+    folder = next(path for name in ("tokenizer", "lesson9") if (path := ROOT / "out" / name).is_dir())
+    made, frame, side = tokenizer.open_tokenizer(folder), glimpse()[0], 240
+    found = made.encode(to_pixels(torch.from_numpy(frame).permute(2, 0, 1)[None], len(frame)))
+    grid, painted = found[0].unflatten(0, (math.isqrt(found.shape[1]), -1)).tolist(), made.decode(found)
+    sheet, cell = Sheet(3 * (side + 12) + 8, side + 40), side / len(grid)
+    for i, (words, picture) in enumerate((("a frame of 64 x 64 px", frame), ("its 8 x 8 codes", None),
+                                          ("painted from the codes", to_images(painted)[0].numpy()))):
+        x = 10 + i * (side + 12)
+        sheet.text(x, 8, words, 13)
+        if picture is not None:
+            sheet.picture(x, 28, picture, side)
+        for row, numbers in enumerate(grid if picture is None else ()):
+            for column, number in enumerate(numbers):    # coloured by three of the four values behind a code
+                levels = number // 8 % 5, number // 40 % 5, number // 200
+                fill = tuple(135 + 115 * level // 4 for level in levels)
+                sheet.box(x + column * cell, 28 + row * cell, cell, cell, fill, "white", str(number), 10)
+    sheet.save("codes", photo=True)
+
+
 FIGURES = dict(model=model, mask=mask, clip=clip, resampler=resampler, target=target, losses=losses,
-               pretraining=pretraining, confusion=confusion, window=window, judging=judging)
+               pretraining=pretraining, confusion=confusion, window=window, judging=judging, codes=codes)
 
 if __name__ == "__main__":
     for figure in sys.argv[1:] or FIGURES:

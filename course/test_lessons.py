@@ -34,7 +34,7 @@ def test_figures_are_read():
 
 def test_form():
     """Catches a lesson without command, band, figure, exercise or answer, or longer than a screen."""
-    assert list(lessons()) == list(range(1, 9))
+    assert list(lessons()) == list(range(1, 10))
     answers, index = ((COURSE / name).read_text() for name in ("answers.md", "README.md"))
     for number, path in lessons().items():
         text = path.read_text()
@@ -67,7 +67,7 @@ def test_figures_are_drawn(tmp_path, monkeypatch):
         assert drawn.size == shown.size
 
 
-@pytest.mark.parametrize("number", range(1, 9))
+@pytest.mark.parametrize("number", range(1, 10))
 def test_lesson(number, request):
     """Catches a command that no longer runs, or whose figure has left its band."""
     if number not in CHEAP and not request.config.getoption("--lessons"):
@@ -103,8 +103,8 @@ def test_commands_name_real_files():
     written = set()
     for number in lessons():
         command = read(lessons()[number].read_text())[0]
-        reads = r"(?:--data|--checkpoint|clip|losses|sentence) ((?:data|out)/[\w-]+)"
+        reads = r"(?:--data|--checkpoint|clip|losses|sentence|codes) ((?:data|out)/[\w-]+)"
         needed = set(re.findall(reads, command))
-        own = set(re.findall(r"--out ((?:data|out)/[\w-]+)", command))
+        own = set(re.findall(r"--(?:out|make) ((?:data|out)/[\w-]+)", command))
         assert needed <= written | own, (number, needed - written - own)
         written |= own
