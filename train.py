@@ -928,7 +928,8 @@ def train(config, changes, world):
     config.resume = config.resume and can_resume(config, world)
     find_tokenizer(config, world)
     model = build(config, changes, world)
-    places = int(np.maximum(1, data.lengths[ids] - model.config.window + 1).sum())
+    window = (model.config.window - 1) * getattr(model.config, "stride", 1) + 1           # in frames
+    places = int(np.maximum(1, data.lengths[ids] - window + 1).sum())
     config.steps, config.epochs = config.steps or math.ceil(config.epochs * places / config.batch), 0.0
     codes = encode(model, data.directory, config, world)
     windows = training_windows(data, ids, config, model.config, codes, learns=True)

@@ -24,6 +24,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
+from gr2 import GR2
 from model import GR1, PRESETS, ModelError, losses, preset_config, to_pixels
 from nanogr import clips, weights
 from nanogr.common import Parser, cores, run_script
@@ -72,13 +73,13 @@ def memory(device, peak=False, new_peak=False):
 def settings(argv, world):
     """train.parse, but where nobody says --batch that of gr1 is one which most machines hold."""
     config, changes, _ = train.parse(argv)
-    if config.preset != "tiny" and not any(word.split("=")[0] == "--batch" for word in argv):
+    if not config.preset.endswith("tiny") and not any(word.split("=")[0] == "--batch" for word in argv):
         parts = world.size * config.accumulate * config.windows_per_clip
         config.batch = parts * max(1, (32 if world.device.type == "cuda" else 2) * world.size // parts)
         world.print(f"batch: {config.batch} windows to measure with (--batch N chooses)")
     train.check_batch(config, world)
-    return dataclasses.replace(config, vision_weights="none", text_weights="none", init="none",
-                               steps=10 ** 6), changes
+    return dataclasses.replace(config, vision_weights="none", text_weights="none", tokenizer="none",
+                               init="none", steps=10 ** 6), changes
 
 
 def bench(argv, world, seconds=10):
@@ -88,11 +89,14 @@ def bench(argv, world, seconds=10):
     with tempfile.TemporaryDirectory() as folder:
         data = synthesise(folder, model.config)
         loader_rates = bench_loader(data, config, model.config, seconds / 5)
-        windows = train.training_windows(data, np.arange(len(data)), config, model.config)
+        codes = made_up_codes(data, model) if isinstance(model, GR2) and not config.shift else ""
+        windows = train.training_windows(data, np.arange(len(data)), config, model.config, codes, learns=True)
         loader = train.batches(windows, range(10 ** 6), config.accumulate, world, config.workers)
         table, flops = bench_parts(model, loader, config, world, seconds / 2)
         spent, peak = bench_step(model, loader, config, world, seconds)
     report(config, world, table, spent, peak, flops, *loader_rates)
+    if isinstance(model, GR2):
+        bench_tokenizer(model, world, seconds / 5)
     return config.batch / spent
 
 
@@ -104,12 +108,34 @@ def estimate(argv, world):
                     f"{epochs * hours:,.1f} in all")
 
 
+def made_up_codes(data, model):
+    """Write random codes beside the clips, for the tokenizer's own would take longer than all else: -> the
+    fingerprint of the tokenizer that they are to be of.
+    """
+    rng, frames = np.random.default_rng(0), int(data.lengths.sum())
+    clips.write_codes(data.directory, 0, model.vision.fingerprint, {
+        camera: rng.integers(0, model.config.codes, (frames, (side // model.config.cell) ** 2), np.uint16)
+        for camera, side in model.config.cameras.items()})
+    return model.vision.fingerprint
+
+
+def bench_tokenizer(model, world, seconds):
+    """Print how many frames a second become codes, and how many codes a picture again."""
+    side, device = next(iter(model.config.cameras.values())), world.device
+    images = torch.randn(32 if device.type == "cuda" else 2, 3, side, side, device=device)
+    codes = model.vision.encode(images)
+    ways = lambda: model.vision.encode(images), lambda: model.vision.decode(codes)
+    encode, decode = in_turn(ways, seconds, device)
+    world.print(f"tokenizer, frames of {side} px a second     {len(images) / np.median(encode):>10.1f}\n"
+                f"  and painted again                       {len(images) / np.median(decode):>10.1f}")
+
+
 def synthesise(folder, model_config, clip_count=2, length=500):
     """Write clips of drifting colour fields, which a JPEG holds about as well as a photograph. They are long:
     of windows at an end, which are few then, fewer frames are read.
     """
     rng, sides = np.random.default_rng(0), model_config.cameras
-    if model_config.preset != "tiny":
+    if not model_config.preset.endswith("tiny"):
         sides = {camera: CALVIN_SIZES[camera] for camera in sides}
     with clips.ShardWriter(folder, 0, list(sides)) as shard:
         for i in range(clip_count):
@@ -172,9 +198,10 @@ def bench_parts(model, loader, config, world, seconds):
     learner = train.equip(model, dataclasses.replace(config, compile="off"), alone)
     watch, steps = Stopwatch(world.device), 0
     lap = lambda name: lambda *_: watch.lap(name)
-    hooks = [model.vision.register_forward_pre_hook(lap("forward: trunk, heads, losses")),
-             model.vision.register_forward_hook(lap("forward: image encoder")),
-             model.resampler.register_forward_hook(lap("forward: resampler"))]
+    hooks = [] if isinstance(model, GR2) else [
+        model.vision.register_forward_pre_hook(lap("forward: trunk, heads, losses")),
+        model.vision.register_forward_hook(lap("forward: image encoder")),
+        model.resampler.register_forward_hook(lap("forward: resampler"))]
 
     def step():
         for _ in range(config.accumulate):
@@ -183,9 +210,10 @@ def bench_parts(model, loader, config, world, seconds):
             batch = train.to_device(batch, world.device)
             watch.lap("transfer")
             with learner.autocast:
-                pixels = train.see(batch, model.config)
+                pixels = train.take_in(batch, model)
                 watch.lap("pixels: shift, resize, normalise")
                 out = train.predict(model, model.config, batch, pixels)
+                losses = train.family(config.preset).losses
                 loss = train.weighted(losses(out, batch, pixels, model.config), config)
             watch.lap("forward: trunk, heads, losses")
             loss.backward()
@@ -205,8 +233,8 @@ def bench_parts(model, loader, config, world, seconds):
     for hook in hooks:
         hook.remove()
     counts = {name: sum(flops.values()) for name, flops in counter.get_flop_counts().items()}
-    frozen = sum(counts.get(f"GR1.{name}", 0) for name in model.frozen())
-    assert not model.vision.frozen or counts["GR1.vision"]
+    frozen = sum(counts.get(f"{type(model).__name__}.{name}", 0) for name in model.frozen())
+    assert not model.vision.frozen or isinstance(model, GR2) or counts["GR1.vision"]
     flops = counts["Global"], counts["Global"] - frozen
     return {what: spent / steps for what, spent in watch.spent.items()}, flops
 

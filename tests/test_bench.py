@@ -58,3 +58,12 @@ def test_a_benchmark_that_is_broken_off_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "bench_loader", stop)
     status, text = run("train.py", "--bench", "--model", *(f"{k}={v}" for k, v in SIZES.items()))
     assert status == 130 and there and not list(tmp_path.iterdir()), text
+
+
+def test_benchmark_of_gr2(capsys):
+    """Catches a benchmark that takes a GR-2 for a GR-1: no resampler, and codes that lie on the disk."""
+    sizes = dict(width=32, layers=2, head_width=32, act_width=16, act_depth=1, window=2)
+    sizes = [f"{key}={value}" for key, value in sizes.items()]
+    rate = bench.bench(["--bench", "--preset", "gr2-tiny", "--batch", "4", "--model", *sizes], train.Processes(), seconds=0.2)
+    text = capsys.readouterr().out
+    assert rate > 0 and "tokenizer, frames of 64 px a second" in text and "gr2-tiny, finetune" in text, text
