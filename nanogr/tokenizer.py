@@ -239,7 +239,7 @@ class VQGAN(nn.Module):
     def encode(self, images):
         std, mean = (imagenet(which, images.device) for which in ("std", "mean"))
         x = self.quant_conv(self.encoder(2 * (images * std + mean) - 1)).flatten(2).transpose(1, 2)
-        x = F.normalize(x, dim=-1) if self.unit_length else x
+        # the nearest, |x - e|^2 less |x|^2; where all e have length 1, that of x does not matter
         return (self.book().square().sum(-1) - 2 * x @ self.book().T).argmin(-1)              # (N, P)
 
     @torch.no_grad()

@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 
 import model as gr1
-from nanogr import clips, common, encoders
+from nanogr import clips, common, encoders, tokenizer
 from nanogr.worlds import tabletop
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -49,6 +49,15 @@ def small_model(seed=0, **changes):
     torch.manual_seed(seed)
     config = small_config(**changes)
     return gr1.GR1(config, *encoders.build_encoders(config)).eval()
+
+
+def small_tokenizer(seed=0):
+    """An untrained TinyTokenizer whose codes depend on the picture all the same."""
+    torch.manual_seed(seed)
+    made = tokenizer.TinyTokenizer().eval()
+    for p in made.encoder.parameters():
+        p.data *= 4
+    return made
 
 
 def random_window(config, batch=2):

@@ -10,7 +10,7 @@ import model as gr1
 import train
 from nanogr import clips, policy, tokenizer, weights
 from nanogr.encoders import HashText
-from tests.helpers import CAMERAS, fails_in_one_line, read_log, refused, run, same, training
+from tests.helpers import CAMERAS, fails_in_one_line, read_log, refused, run, same, small_tokenizer, training
 
 CODES = dict(rgb_static=16, rgb_gripper=4)               # of a picture of 32 and 16 px
 SIZES = dict(window=3, stride=2, width=32, layers=2, heads=4, dropout=0.0, text_dim=16, head_width=32,
@@ -23,11 +23,7 @@ def small_config(**changes):
 
 
 def small_gr2(**changes):
-    torch.manual_seed(0)
-    made = tokenizer.TinyTokenizer(16)
-    for p in made.encoder.parameters():                  # its codes are to depend on the picture
-        p.data *= 4
-    return gr2.GR2(small_config(**changes), made.eval(), HashText(16)).eval()
+    return gr2.GR2(small_config(**changes), small_tokenizer(), HashText(16)).eval()
 
 
 def random_codes(config, batch=2, steps=None):
@@ -305,7 +301,7 @@ def gr2_run(stage, data, out, *more):
 def trained(tabletop_data, tmp_path_factory):
     """A folder with a tokenizer, tok/, and a run of each stage: pre/ and one/, which started from it."""
     folder = tmp_path_factory.mktemp("gr2")
-    tokenizer.save_tokenizer(tokenizer.TinyTokenizer(), folder / "tok")
+    tokenizer.save_tokenizer(small_tokenizer(), folder / "tok")
     tok = "--tokenizer", folder / "tok"
     for command in (gr2_run("pretrain", tabletop_data / "videos", folder / "pre", *tok),
                     gr2_run("finetune", tabletop_data / "demonstrations", folder / "one", *tok, "--init",
@@ -344,6 +340,7 @@ def test_codes_on_the_disk_are_the_frames(trained, tabletop_data):
                  for mark in ("", model.vision.fingerprint))
     seen = [train.take_in(batch, model) for batch in (fly, disk)]
     assert all(torch.equal(seen[0][camera], seen[1][camera].long()) for camera in CAMERAS)
+    assert len(seen[0]["rgb_static"].unique()) > 4
     before, after = (gr2.losses(train.predict(model, model.config, fly, x), fly, x, model.config)
                      for x in seen)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
@@ -366,7 +363,7 @@ def test_scripts_know_gr2(trained, tabletop_data, tmp_path, monkeypatch):
     assert status == 0 and "actions executed of a chunk" in report and "latent" in report, text
     assert run("eval_calvin.py", "--policy", "untrained", "--preset", "gr2-tiny", *flags, "--out",
                tmp_path / "untrained")[0] == 0
-    tokenizer.save_tokenizer(tokenizer.TinyTokenizer(), tmp_path / "other")
+    tokenizer.save_tokenizer(small_tokenizer(1), tmp_path / "other")
     other = gr2_run("finetune", demos, tmp_path / "x", "--tokenizer", tmp_path / "other", "--init",
                     trained / "pre")
     assert fails_in_one_line(*other, words=["was trained on codes of the tokenizer"])

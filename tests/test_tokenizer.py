@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from model import imagenet, to_pixels
 from nanogr import clips, tokenizer
 from nanogr.tokenizer import VQGAN, TinyTokenizer, open_tokenizer, save_tokenizer
-from tests.helpers import Bomb, refused, run, same
+from tests.helpers import Bomb, refused, run, same, small_tokenizer
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 
@@ -169,7 +169,7 @@ def pack(directory, sizes=dict(rgb_static=32, rgb_gripper=16)):
 
 def test_codes_on_the_disk(tmp_path):
     """Catches codes of other frames, of another tokenizer or size, and half a file that counts as done."""
-    data, made, sides = pack(tmp_path / "data"), TinyTokenizer().eval(), dict(rgb_static=32, rgb_gripper=16)
+    data, made, sides = pack(tmp_path / "data"), small_tokenizer(), dict(rgb_static=32, rgb_gripper=16)
     assert refused("has no codes for shard 0", clips.read_codes, data.directory, 0, made.fingerprint)
     tokenizer.encode_clips(data.directory, made, sides)
     plainly, coded = (clips.Windows(data, np.arange(6), 4, 2, 1, list(sides), stride=2, fingerprint=mark)
@@ -180,6 +180,7 @@ def test_codes_on_the_disk(tmp_path):
             fly = made.encode(to_pixels(plain["frames"][camera], side).flatten(0, 1)).unflatten(0, (4, 3))
             real = torch.cat([plain["mask"], plain["future_mask"][:, -1:]], 1)
             assert torch.equal(codes[camera][real].long(), fly[real]) and real.sum() > 6
+            assert len(fly[real].unique()) > 4
     path = clips.codes_path(data.directory, 1)
     first, age = path.read_bytes(), clips.codes_path(data.directory, 0).stat().st_mtime_ns
     path.write_bytes(first[:-100])
