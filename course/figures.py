@@ -434,7 +434,7 @@ def codes():
     """A frame, its codes, the frame painted from them, by the tokenizer of make demo-gr2 or of lesson 9."""
     folder = next(path for name in ("tokenizer", "lesson9") if (path := ROOT / "out" / name).is_dir())
     made, frame, side = tokenizer.open_tokenizer(folder), glimpse()[0], 240
-    found = made.encode(to_pixels(torch.from_numpy(frame).permute(2, 0, 1)[None], len(frame)))
+    found = made.encode(to_pixels(torch.tensor(frame).permute(2, 0, 1)[None], len(frame)))
     grid, painted = found[0].unflatten(0, (math.isqrt(found.shape[1]), -1)).tolist(), made.decode(found)
     sheet, cell = Sheet(3 * (side + 12) + 8, side + 40), side / len(grid)
     for i, (words, picture) in enumerate((("a frame of 64 x 64 px", frame), ("its 8 x 8 codes", None),

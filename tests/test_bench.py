@@ -64,6 +64,7 @@ def test_benchmark_of_gr2(capsys):
     """Catches a benchmark that takes a GR-2 for a GR-1: no resampler, and codes that lie on the disk."""
     sizes = dict(width=32, layers=2, head_width=32, act_width=16, act_depth=1, window=2)
     sizes = [f"{key}={value}" for key, value in sizes.items()]
-    rate = bench.bench(["--bench", "--preset", "gr2-tiny", "--batch", "4", "--model", *sizes], train.Processes(), seconds=0.2)
+    argv = ["--bench", "--preset", "gr2-tiny", "--batch", "4", "--model", *sizes]
+    rate = bench.bench(argv, train.Processes(), seconds=0.2)
     text = capsys.readouterr().out
     assert rate > 0 and "tokenizer, frames of 64 px a second" in text and "gr2-tiny, finetune" in text, text
