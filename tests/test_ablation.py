@@ -1,0 +1,42 @@
+"""nanogr/ablation.py: rows that differ in what they say, a table of what is there."""
+import json
+import math
+
+import pytest
+from PIL import Image
+
+from nanogr import ablation
+from tests.helpers import SIZES, fails_in_one_line, run
+
+
+def test_interval_by_hand():
+    """Catches a normal quantile where few trainings need Student's, and a spread over n, not n - 1."""
+    mean, half = ablation.interval([0.2, 0.4, 0.6])
+    assert mean == pytest.approx(0.4) and half == pytest.approx(4.303 * 0.2 / 3 ** 0.5)
+    assert math.isnan(ablation.interval([0.3])[1])                             # one training has no spread
+
+
+def test_three_rows(tabletop_data, checkpoints, tmp_path, monkeypatch):
+    """Catches a row that trains another row's model, a cell that mixes them, and work that is done twice."""
+    command = ["-m nanogr.ablation", "--init", checkpoints / "pretrain", "--columns", "10%", "--seeds", 1,
+               "--steps", 2, "--data", tabletop_data / "demonstrations", "--episodes", 1, "--tasks",
+               "open_drawer", "--out", tmp_path / "out"]
+    sizes = ["--", "--batch", 4, "--eval-batches", 1, "--model", *(f"{k}={v}" for k, v in SIZES.items())]
+    status, text = run(*command, "--shard", "2/3", *sizes)
+    assert status == 0, text
+    ages = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/model.safetensors")}
+    assert len(ages) == 1 and "| neither | - [1.04] |" in (tmp_path / "out/report.md").read_text()
+    status, text = run(*command, *sizes)
+    assert status == 0 and all(path.stat().st_mtime_ns == age for path, age in ages.items()), text
+    made = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("out/*/config.json")}
+    rows = [made[f"10--{row}-0"] for row in ("neither", "video", "video---pre-training")]
+    assert [row["model"]["video"] for row in rows] == [False, True, True]
+    assert [row["train"]["init"] for row in rows] == ["none", "none", str(checkpoints / "pretrain")]
+    report = (tmp_path / "out/report.md").read_text()
+    assert report.count("(n 1) [") == 3 and "[2.00]" in report and "- steps: 2" in report, report
+    table = json.loads((tmp_path / "out/report.json").read_text())["table"]["10%"]
+    assert {row: len(values) for row, values in table.items()} == dict.fromkeys(ablation.ROWS, 1)
+    assert Image.open(tmp_path / "out/chart.png").width > 200
+    command[command.index(2)] = 3
+    assert fails_in_one_line(*command, *sizes, words=["steps 2, now 3"])
+    assert fails_in_one_line(*command[:5], "--columns", "20%", words=["there is no '20%'"])
