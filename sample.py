@@ -262,7 +262,7 @@ def draw_roll_out(args, model, take, out):
         drawn[f"error x {HEAT}"] = error.clip(0, 255).astype(np.uint8).repeat(3, -1)
         groups.append([(label, [enlarge(x, 128) for x in images]) for label, images in drawn.items()])
     how = f"drawn at temperature {args.temperature:g}" if args.temperature else "the likeliest"
-    notes = [f"checkpoint {args.checkpoint}; {last + 1} true frames given, the last of them first; "
+    notes = [f"checkpoint {args.checkpoint}; {last + 1} true frame{'s' * (last > 0)} given, the last at t; "
              f"{len(pixels)} view{'s' * (len(pixels) > 1)}" + f", codes {how}" * isinstance(model, gr2.GR2)]
     caption = [(take.sentence, LARGE, INK), (take.outcome, SMALL, GRAY), *((x, SMALL, GRAY) for x in notes)]
     file = io.BytesIO()

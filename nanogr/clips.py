@@ -510,7 +510,7 @@ class Windows(torch.utils.data.Dataset):
         nth = np.clip((at - runs)[:, None] // stride + np.arange(self.W), 0, last[:, None])        # (B/W, W)
         steps = (runs[:, None] + nth * stride).reshape(-1, 1) + np.arange(self.T) * stride         # (B, T)
         frame_at = (nth + N * np.arange(len(runs))[:, None]).reshape(-1, 1) + np.arange(self.T)
-        seen = self.read_codes(ids, runs) if self.codes else self.frames(ids, runs)
+        seen = self.frames_as_codes(ids, runs) if self.codes else self.frames(ids, runs)
         ids, lengths = ids.repeat(self.W), lengths.repeat(self.W)
         batch = dict(mask=steps < lengths[:, None], video_at=video_at,
                      future_mask=steps + self.F * stride < lengths[:, None])
@@ -542,7 +542,7 @@ class Windows(torch.utils.data.Dataset):
                 frames[name][b, :len(images)] = images
         return {name: torch.from_numpy(images).permute(0, 1, 4, 2, 3) for name, images in frames.items()}
 
-    def read_codes(self, ids, starts):
+    def frames_as_codes(self, ids, starts):
         """Return {camera: int32 (B/W, N+F, P)}."""
         count, stride = self.T + self.W - 1 + self.F, self.stride
         codes = {name: np.zeros((len(ids), count, self.codes[0][name].shape[1]), np.int32)
