@@ -96,7 +96,7 @@ def bench(argv, world, seconds=10):
         spent, peak = bench_step(model, loader, config, world, seconds)
     report(config, world, table, spent, peak, flops, *loader_rates)
     if isinstance(model, GR2):
-        bench_tokenizer(model, world, seconds / 5)
+        bench_gr2(model, world, seconds / 5)
     return config.batch / spent
 
 
@@ -119,15 +119,23 @@ def made_up_codes(data, model):
     return model.vision.fingerprint
 
 
-def bench_tokenizer(model, world, seconds):
-    """Print how many frames a second become codes, and how many codes a picture again."""
+def bench_gr2(model, world, seconds):
+    """Print how many frames a second become codes and pictures again, and how long acting takes."""
     side, device = next(iter(model.config.cameras.values())), world.device
     images = torch.randn(32 if device.type == "cuda" else 2, 3, side, side, device=device)
     codes = model.vision.encode(images)
     ways = lambda: model.vision.encode(images), lambda: model.vision.decode(codes)
     encode, decode = in_turn(ways, seconds, device)
-    world.print(f"tokenizer, frames of {side} px a second     {len(images) / np.median(encode):>10.1f}\n"
-                f"  and painted again                       {len(images) / np.median(decode):>10.1f}")
+    world.print(f"tokenizer, frames of {side} px a second {len(images) / np.median(encode):>14.1f}\n"
+                f"  and painted again                   {len(images) / np.median(decode):>14.1f}")
+    if model.config.robot:
+        policy, seen = Policy(model), {camera: np.zeros((side, side, 3), np.uint8)
+                                       for camera, side in model.config.cameras.items()}
+        act = lambda: policy.step(seen | {"robot_obs": np.zeros(15)}, "open the drawer")
+        act()
+        policy.history.extend(list(policy.history) * policy.history.maxlen)              # a whole window
+        spent = 1000 * np.median(in_turn([act], seconds, device))
+        world.print(f"act, one step, batch 1 [ms]           {spent:>14.1f}")
 
 
 def synthesise(folder, model_config, clip_count=2, length=500):

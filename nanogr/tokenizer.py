@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from model import imagenet, to_pixels
 from nanogr import clips
-from nanogr.common import Parser, UserError, read_json, run_script, write_whole
+from nanogr.common import Parser, UserError, run_script, write_whole
 from nanogr.policy import change_errors
 from nanogr.weights import read_weights
 
