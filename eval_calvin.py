@@ -515,7 +515,7 @@ def settings(args):
     if args.policy == "model":
         said["checkpoint"] = fingerprint(args.checkpoint)
         said |= {name: digest(pathlib.Path(path)) if path != "none" else "none: random weights"
-                 for name, path in (("MAE", args.mae), ("CLIP", args.clip)) if path}
+                 for name, path in (("MAE", args.mae), ("CLIP", args.clip)) if path}          # or a tokenizer
         said |= {name: value for name, value in (("actions executed of a chunk", args.execute),
                                                  ("ensemble of chunks, m", args.ensemble),
                                                  ("latent", "drawn" if args.sample_z else None))
@@ -540,7 +540,7 @@ def fingerprint(checkpoint):
 
 
 def digest(path):
-    content = hashlib.sha256()
+    content, path = hashlib.sha256(), path / "tokenizer.safetensors" if path.is_dir() else path
     with open(path, "rb") as file:
         while part := file.read(1 << 24):
             content.update(part)

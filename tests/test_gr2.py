@@ -358,7 +358,7 @@ def test_scripts_know_gr2(trained, tabletop_data, tmp_path, monkeypatch):
     assert status == 0 and "all cameras" in text, text
     flags = ["--episodes", 1, "--chains", 1, "--steps", 3, "--tasks", "open_drawer", "--workers", 1]
     status, text = run("eval_calvin.py", "--checkpoint", trained / "one", *flags, "--execute", 2,
-                       "--sample-z", "--out", tmp_path / "eval")
+                       "--sample-z", "--tokenizer", trained / "tok", "--out", tmp_path / "eval")
     report = (tmp_path / "eval/report.md").read_text()
     assert status == 0 and "actions executed of a chunk" in report and "latent" in report, text
     assert run("eval_calvin.py", "--policy", "untrained", "--preset", "gr2-tiny", *flags, "--out",
