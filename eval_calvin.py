@@ -351,6 +351,8 @@ def play(job, world, policy, args):
     if isinstance(policy, Baseline):
         # not on what this worker has played before; in CALVIN a chain's seed is but its number
         policy.seed([args.seed, seed, 2] if args.policy == "random" else [seed, 2])
+    if args.sample_z:
+        torch.manual_seed(args.seed + seed)
     before, start = collections.Counter(world.seconds), time.perf_counter()
     result = play_chain(world, policy, args, seed) if kind == "chain" else \
         play_single(world, policy, args, task, seed)
@@ -516,10 +518,10 @@ def settings(args):
         said["checkpoint"] = fingerprint(args.checkpoint)
         said |= {name: digest(pathlib.Path(path)) if path != "none" else "none: random weights"
                  for name, path in (("MAE", args.mae), ("CLIP", args.clip)) if path}          # or a tokenizer
-        said |= {name: value for name, value in (("actions executed of a chunk", args.execute),
-                                                 ("ensemble of chunks, m", args.ensemble),
-                                                 ("latent", "drawn" if args.sample_z else None))
-                 if value not in (1, None)}
+    if looks(args):
+        said |= {"actions executed of a chunk": args.execute} if args.execute > 1 else {}
+        said |= {"ensemble of chunks, m": args.ensemble} if args.ensemble is not None else {}
+        said |= {"latent": "drawn"} if args.sample_z else {}
     if args.policy == "untrained":
         said["preset"] = args.preset
     if args.env == "tabletop":

@@ -32,9 +32,8 @@ import model as gr1
 from model import (GR1, DecoderBlock, GR1Config, ModelError, Trunk, check_config, count_parameters, describe,
                    known, masked_mean, pick, sincos_positions)
 from nanogr import weights
-from nanogr.common import UserError
 from nanogr.encoders import build_text
-from nanogr.tokenizer import VQGAN, TinyTokenizer, open_tokenizer
+from nanogr.tokenizer import VQGAN, TinyTokenizer, open_tokenizer, same_tokenizer, tokenizer_of
 
 
 # ----------------------------------------------------------------------------------- config and tokens
@@ -74,6 +73,9 @@ class GR2Config:
 
     def __post_init__(self):
         check_config(self)
+        if self.head_width % 4 or self.act_width % self.act_heads:
+            raise ModelError(f"head_width {self.head_width} must be a multiple of 4, act_width "
+                             f"{self.act_width} of act_heads {self.act_heads}")
 
     from_dict = classmethod(GR1Config.from_dict.__func__)
 
@@ -286,7 +288,7 @@ class GR2(GR1):
             out["act"], answers = answers[:, :steps, None], answers[:, steps:]
         if config.video:
             sizes = [len(getattr(self, f"places_{camera}")) for camera in config.cameras]
-            asked, seen = answers.shape[1] // sum(sizes), self.to_codes(now)
+            asked, seen = answers.shape[1] // sum(sizes), self.to_codes(now) if config.copy_gate else {}
             for camera, x in zip(config.cameras, answers.split([asked * size for size in sizes], 1)):
                 x = x.unflatten(1, (asked, -1))                                    # (B, V, P / m^2, D)
                 codes = seen[camera].flatten(0, 1) if config.copy_gate else None
@@ -306,10 +308,9 @@ class GR2(GR1):
         where it lies; None: where the checkpoint says. text: see encoders.build_text. Raises UserError."""
         stored, state = weights.read_config(path), weights.read_checkpoint(path)
         config = config or GR2Config.from_dict(stored.get("model", {}))
-        made = stored.get("encoders", {})
-        tokenizer = vision or (path if config.preset == "gr2-tiny" else made.get("tokenizer"))
+        made, tokenizer = stored.get("encoders", {}), vision or tokenizer_of(path)
         tokenizer = tokenizer if isinstance(tokenizer, nn.Module) else open_tokenizer(tokenizer)
-        same_tokenizer(tokenizer, made.get("fingerprint"), path)
+        same_tokenizer(tokenizer, made, path)
         model = cls(config, tokenizer, build_text(config, text, made.get("text_weights", "hub")))
         print("weights: " + weights.load(model, state, path))
         return model.eval()
@@ -321,13 +322,6 @@ def build_encoders(config, tokenizer, text="hub"):
         made = TinyTokenizer() if config.preset == "gr2-tiny" else VQGAN(config.codes, config.code_dim)
         return made.eval(), build_text(config, text)
     return open_tokenizer(tokenizer), build_text(config, text)
-
-
-def same_tokenizer(tokenizer, fingerprint, path):
-    """UserError unless the tokenizer is the one that the checkpoint in `path` was trained on."""
-    if fingerprint and tokenizer.fingerprint != fingerprint:
-        raise UserError(f"{path} was trained on codes of the tokenizer {fingerprint}, this one is "
-                        f"{tokenizer.fingerprint}: give that one")
 
 
 def load(path, vision=None, text=None):

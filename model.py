@@ -597,9 +597,9 @@ def check_config(config):
     must(0 <= config.dropout < 1, f"config key 'dropout' must be from 0 to below 1, got {config.dropout}")
     must(not config.copy_gate or not config.norm_pixels,
          "copy_gate copies plain pixels: it needs norm_pixels false")
-    must(not any(config.width % n for n in (config.heads, config.decoder_heads, 4)),
-         f"width {config.width} must be a multiple of heads {config.heads}, decoder_heads "
-         f"{config.decoder_heads} and 4")
+    head = getattr(config, "head_width", config.width)
+    must(not (config.width % config.heads or config.width % 4 or head % config.decoder_heads), "width "
+         f"{config.width} must be a multiple of heads {config.heads} and 4, {head} of {config.decoder_heads}")
     must(config.cameras, "config key 'cameras' must name a camera and its side in px")
     for camera, side in config.cameras.items():
         must(type(side) is int and side > 0 and side % config.patch == 0,

@@ -310,7 +310,7 @@ def draw_take(args, model, take, out):
     if model.config.norm_pixels:
         notes += ["predictions up to each patch's mean and spread are drawn with those of the last observed "
                   "frame"]
-    if model.config.copy_gate:
+    if model.config.copy_gate and not isinstance(model, gr2.GR2):
         notes += ["of each pixel the model predicts a colour, and how much of the present one to keep"]
     caption += [(note, SMALL, GRAY) for note in notes]
     strips, errors = look_ahead(model, take)
@@ -327,6 +327,7 @@ def draw_take(args, model, take, out):
 
 def main():
     args = parse()
+    torch.manual_seed(args.seed)                         # for codes that are drawn
     model, out, what = load_model(args), pathlib.Path(args.out), "rollouts" if args.data is None else "clips"
     try:
         out.mkdir(parents=True, exist_ok=True)

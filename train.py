@@ -25,6 +25,7 @@ model that does not read the sentence.
 """
 import argparse
 import dataclasses
+import datetime
 import importlib.util
 import json
 import math
@@ -96,8 +97,7 @@ class TrainConfig:
     workers: int = -1              # loader processes a process; -1: 4 on a GPU, 0 on a CPU
     vision_weights: str = "hub"    # the gr1 preset's frozen MAE: hub, none (random) or a file
     text_weights: str = ""         # its CLIP, likewise; "": hub, or none where --vision-weights is none
-    tokenizer: str = ""            # GR-2's picture codes: a VQGAN's file, a directory, or none (random);
-                                   # "": the one that --init was trained on, or gr2-tiny's, out/tokenizer
+    tokenizer: str = ""            # GR-2's: a VQGAN's file or a directory; "": --init's, or out/tokenizer
     # watching
     held_out: float = 0.02         # share of the episodes, where the data has no validation/
     log_every: int = 50            # steps
@@ -124,12 +124,12 @@ PRESETS = {
 }
 PRESETS["real", "pretrain"] = PRESETS["gr1", "pretrain"]         # paper, real robot: batch and epochs differ
 PRESETS["real", "finetune"] = PRESETS["gr1", "finetune"] | dict(batch=64, epochs=30, warmup=1 / 30)
-# GR-2's optimizer is not published: GR-1's; the wider ones' rate falls as the width grows. No shift, for
-# codes are made once, and its paper names none. Weight 0.3: cross-entropy starts at ln 1024, not at 1.
-for name, width in ("gr2-s", 384), ("gr2-b", 384), ("gr2-l", 1024), ("gr2-xl", 1280):
+# GR-2's optimizer is not published: GR-1's, at a lower rate for L and XL. No shift, for codes are made once,
+# and its paper names none. Weight 0.3: cross-entropy starts at ln 1024, not at 1.
+for name, share in ("gr2-s", 1), ("gr2-b", 1), ("gr2-l", 384 / 1024), ("gr2-xl", 384 / 1280):
     for stage in "pretrain", "finetune":
         theirs = PRESETS["gr1", stage]
-        PRESETS[name, stage] = theirs | dict(lr=theirs["lr"] * 384 / width, shift=0, video_weight=0.3)
+        PRESETS[name, stage] = theirs | dict(lr=theirs["lr"] * share, shift=0, video_weight=0.3)
 PRESETS["gr2-tiny", "pretrain"] = PRESETS["tiny", "pretrain"] | dict(batch=32, steps=1000)
 PRESETS["gr2-tiny", "finetune"] = PRESETS["tiny", "finetune"] | dict(
     steps=4000, video_weight=0.3, fresh="none")
@@ -205,6 +205,8 @@ def parse(argv=None):
         parser.error(f"--data-fraction must be above 0 and at most 1, got {config.data_fraction}")
     if not config.clip_grad > 0:
         parser.error(f"--clip-grad must be above 0, got {config.clip_grad}; inf: the gradient as it is")
+    if config.hide_states > 1:
+        parser.error(f"--hide-states is a share, at most 1, got {config.hide_states}")
     if not 0 <= config.beta2 < 1:
         parser.error(f"--beta2 must be at least 0 and below 1, got {config.beta2}")
     for package in "wandb", "tensorboard":
@@ -274,7 +276,8 @@ def set_up():
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if size > 1:
-        dist.init_process_group("nccl" if gpu else "gloo", rank=rank, world_size=size)
+        hour = datetime.timedelta(hours=1)               # others may wait so long for clips, or GR-2's codes
+        dist.init_process_group("nccl" if gpu else "gloo", rank=rank, world_size=size, timeout=hour)
         if not gpu:
             torch.set_num_threads(max(1, cores() // here))
     return Processes(rank, size, device)
@@ -335,30 +338,45 @@ def held_out_windows(data, ids, config, model_config, world):
 
 
 def find_tokenizer(config, world):
-    """Set --tokenizer where GR-2 needs one and none is named; gr2-tiny's is trained once."""
-    if config.preset not in gr2.PRESETS or config.tokenizer:
+    """Set --tokenizer where GR-2 needs one and none is named: that of the checkpoint which the run starts
+    from or goes on with, else gr2-tiny's own, which is trained once.
+    """
+    if config.preset not in gr2.PRESETS:
+        return
+    if config.tokenizer == "none":
+        raise UserError("--tokenizer none, with random weights, is for --bench alone: give a tokenizer")
+    source = config.out if config.resume else find_init(config, world)
+    if not config.tokenizer and source != "none":
+        config.tokenizer = tokenizer.tokenizer_of(source)
+    if config.tokenizer:
         return
     if config.preset != "gr2-tiny":
-        raise UserError(f"--preset {config.preset} needs --tokenizer FILE, a VQGAN's (docs/gr2.md), or none "
-                        "for random weights")
+        raise UserError(f"--preset {config.preset} needs --tokenizer FILE, a VQGAN's (docs/gr2.md)")
     config.tokenizer = "out/tokenizer"
     if world.main and not os.path.exists("out/tokenizer/tokenizer.json"):
-        folders = [config.data] if config.data else [tabletop_data(stage, world) for stage in TABLETOP]
+        if config.data:
+            raise UserError("no tokenizer in out/tokenizer: make one with `python -m nanogr.tokenizer --make "
+                            "DIR --data VIDEOS DEMONSTRATIONS`, and give --tokenizer DIR")
+        folders = [tabletop_data(stage, world) for stage in TABLETOP]
         command = ["-m", "nanogr.tokenizer", "--make", "out/tokenizer", "--data", *folders]
         world.print(f"tokenizer: none yet, training one: python {' '.join(command)}")
-        if subprocess.run([sys.executable, *command], env=os.environ | {"PYTHONPATH": str(HERE)}).returncode:
+        path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+        if subprocess.run([sys.executable, *command], env=os.environ | {"PYTHONPATH": path}).returncode:
             raise UserError("no tokenizer could be made, see above")
     world.barrier()
 
 
 def encode(model, folder, config, world):
     """The fingerprint of GR-2's tokenizer, whose codes of a data set are then on the disk; "" where each
-    frame is encoded when it is needed: GR-1, or a random shift.
+    frame is encoded when it is needed: GR-1, or a random shift. The processes share the work.
     """
     if not isinstance(model, gr2.GR2) or config.shift:
         return ""
-    if world.main:
-        tokenizer.encode_clips(folder, model.vision, model.config.cameras)
+    if config.resume:                                    # before good codes are replaced
+        made = weights.read_config(config.out).get("encoders", {})
+        tokenizer.same_tokenizer(model.vision, made, config.out)
+    tokenizer.encode_clips(folder, model.vision.to(world.device), model.config.cameras,
+                           part=world.rank, parts=world.size)
     world.barrier()
     return model.vision.fingerprint
 
@@ -517,11 +535,7 @@ def build(config, changes, world):
     """The model of the preset, from its checkpoint where the run starts from one."""
     kind = family(config.preset)
     model_config = kind.preset_config(config.preset, config.stage, **changes)
-    found = config.stage == "finetune" and os.path.exists("out/pretrain/config.json")
-    fits = found and weights.read_config("out/pretrain")["model"].get("preset") == model_config.preset
-    if found and not (fits or config.init or config.resume):
-        world.print(f"init: out/pretrain is not of preset {model_config.preset}, so it is left alone")
-    init = "none" if config.resume else config.init or ("out/pretrain" if fits else "none")
+    init = "none" if config.resume else find_init(config, world, aloud=True)
     state = None if init == "none" else weights.read_checkpoint(init)
     torch.manual_seed(config.seed)
     encoders = (gr2.build_encoders(model_config, config.tokenizer, config.text_weights) if kind is gr2 else
@@ -534,6 +548,16 @@ def build(config, changes, world):
     elif not config.resume:                              # its weights are in resume.pt
         world.print("init: fresh weights (--init CHECKPOINT starts from another run's)")
     return model
+
+
+def find_init(config, world, aloud=False):
+    """The checkpoint that a new run starts from, or none."""
+    found = config.stage == "finetune" and os.path.exists("out/pretrain/config.json")
+    preset = family(config.preset).preset_config(config.preset).preset               # "real" is of gr1
+    fits = found and weights.read_config("out/pretrain")["model"].get("preset") == preset
+    if found and aloud and not (fits or config.init):
+        world.print(f"init: out/pretrain is not of preset {preset}, so it is left alone")
+    return config.init or ("out/pretrain" if fits else "none")
 
 
 def start_from(state, init, model, config, world):
@@ -552,7 +576,7 @@ def start_from(state, init, model, config, world):
         raise UserError(f"{error}; --init none starts fresh") from error
     saved = weights.read_config(init)
     if isinstance(model, gr2.GR2):
-        gr2.same_tokenizer(model.vision, saved.get("encoders", {}).get("fingerprint"), init)
+        tokenizer.same_tokenizer(model.vision, saved.get("encoders", {}), init)
     step, steps = saved.get("step"), saved.get("train", {}).get("steps")
     early = f"  it was saved at step {step} of {steps}\n" if step and steps and step < steps else ""
     world.print(f"init: {report}\n{early}  (--init none starts without)")
@@ -611,7 +635,7 @@ def precision(config, world):
 def compiles(config, world):
     """Whether to torch.compile: --compile, as far as there is a C compiler, which that needs."""
     # tiny's whole training takes little longer than to compile it
-    pays = world.device.type == "cuda" and config.preset != "tiny"
+    pays = world.device.type == "cuda" and not config.preset.endswith("tiny")
     if config.compile == "off" or config.compile == "auto" and not pays:
         return False
     if any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang", "cl"))):
@@ -696,7 +720,7 @@ def load_resume(config, learner, print_of_data, world):
         raise UserError(f"{config.out} was begun on other clips than those in --data: give the same, or "
                         "another --out")
     free = {"resume", "out", "init", "fresh", "workers", "log_every", "eval_every", "eval_batches", "compile",
-            "wandb", "tensorboard"} | ({"data"} if "clips" in state else set())
+            "wandb", "tensorboard", "tokenizer"} | ({"data"} if "clips" in state else set())
     now = settings(config, learner.model)
     fixed = [key for key in state["config"] if key not in free]
     before, now = ({key: some.get(key) for key in fixed} for some in (state["config"], now))

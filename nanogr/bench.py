@@ -113,7 +113,7 @@ def made_up_codes(data, model):
     fingerprint of the tokenizer that they are to be of.
     """
     rng, frames = np.random.default_rng(0), int(data.lengths.sum())
-    clips.write_codes(data.directory, 0, model.vision.fingerprint, {
+    clips.write_codes(data, 0, model.vision.fingerprint, {
         camera: rng.integers(0, model.config.codes, (frames, (side // model.config.cell) ** 2), np.uint16)
         for camera, side in model.config.cameras.items()})
     return model.vision.fingerprint

@@ -7,6 +7,7 @@ A clip is a sentence, a run of camera frames and, if a robot made it, its states
                      | static 0 | gripper 0 | static 1 | gripper 1 | ... | static 0 | gripper 0 | ...
                       '---------------- clip 0 -------------------'  '---- clip 1 ----------
         00000.npz    where all is in 00000.bin; renamed into place last: it is the shard's commit mark
+        00000.codes.safetensors    the same pictures as GR-2's codes, if they were made, see `codes_path`
         00001.bin    and so on; recipe.json, if there, is what the shards were begun with (see `claim`)
 
 One step of a clip, in CALVIN's names, sizes and units. A clip without a robot is frames and a sentence.
@@ -271,33 +272,39 @@ def codes_path(directory, index):
     return pathlib.Path(directory) / f"{index:05d}.codes.safetensors"
 
 
-def write_codes(directory, index, fingerprint, codes):
-    """Write {camera: uint16 (M, P)} beside a shard."""
-    content = safetensors.numpy.save(codes, {"fingerprint": fingerprint})
-    write_whole(codes_path(directory, index), content)
+def write_codes(clips, index, fingerprint, codes):
+    """Write {camera: uint16 (M, P)} beside a shard of Clips."""
+    pictures = str(zlib.crc32(clips.shards[index]["crc32"].tobytes()))
+    content = safetensors.numpy.save(codes, {"fingerprint": fingerprint, "pictures": pictures})
+    write_whole(codes_path(clips.directory, index), content)
 
 
-def read_codes(directory, index, fingerprint):
-    """Return {camera: uint16 (M, P)} of a shard; UserError if they are not there, or of another tokenizer."""
-    path = codes_path(directory, index)
-    cure = f"`python -m nanogr.tokenizer --encode {directory} --tokenizer ...` makes them"
+def read_codes(clips, index, fingerprint):
+    """Return {camera: uint16 (M, P)} of a shard of Clips; UserError if they are not there, or of another
+    tokenizer or other pictures.
+    """
+    path = codes_path(clips.directory, index)
+    cure = f"`python -m nanogr.tokenizer --encode {clips.directory} --tokenizer ...` makes them"
     if not path.is_file():
-        raise UserError(f"{directory} has no codes for shard {index}: {cure}")
+        raise UserError(f"{clips.directory} has no codes for shard {index}: {cure}")
     try:
         with safetensors.safe_open(path, "np") as file:
-            made = (file.metadata() or {}).get("fingerprint")
+            said = file.metadata() or {}
             codes = {key: file.get_tensor(key) for key in file.keys()}
     except safetensors.SafetensorError as error:
         raise UserError(f"{path} can't be read ({error}): {cure} anew") from None
-    if made != fingerprint:
-        raise UserError(f"{path} holds codes of tokenizer {made}, not {fingerprint}: {cure} anew")
+    if said.get("fingerprint") != fingerprint:
+        raise UserError(f"{path} holds codes of tokenizer {said.get('fingerprint')}, not {fingerprint}: "
+                        f"{cure} anew")
+    if said.get("pictures") != str(zlib.crc32(clips.shards[index]["crc32"].tobytes())):
+        raise UserError(f"{path} holds codes of other pictures than the shard's: {cure} anew")
     return codes
 
 
-def has_codes(directory, index, fingerprint, places):
+def has_codes(clips, index, fingerprint, places):
     """Whether a shard has codes of this tokenizer, {camera: P} of each frame."""
     try:
-        codes = read_codes(directory, index, fingerprint)
+        codes = read_codes(clips, index, fingerprint)
     except UserError:
         return False
     return all(camera in codes and codes[camera].shape[1] == count for camera, count in places.items())
@@ -488,8 +495,7 @@ class Windows(torch.utils.data.Dataset):
         self.B, self.T, self.F, self.chunk = batch_size, window, future, chunk
         self.seed, self.W, self.shift, self.foresee = seed, per_clip, shift, foresee
         self.stride, self.latent, self.blind = stride, latent, blind
-        self.codes = [read_codes(clips.directory, i, fingerprint) for i in range(len(clips.shards))
-                      if fingerprint]
+        self.codes = [read_codes(clips, i, fingerprint) for i in range(len(clips.shards)) if fingerprint]
 
     def __len__(self):
         return 2 ** 31 - 1                             # endless, in effect: a run sets its own last step

@@ -31,9 +31,13 @@ from model import imagenet, to_pixels
 from nanogr import clips
 from nanogr.common import Parser, UserError, run_script, write_whole
 from nanogr.policy import change_errors
-from nanogr.weights import read_weights
+from nanogr.weights import read_config, read_weights
 
 LEVELS = (8, 5, 5, 5)          # of FSQ: 1000 codes
+SIDES = dict(rgb_static=64, rgb_gripper=32)            # px of what the tiny one learns: gr2-tiny's cameras
+
+
+SOME = 32                      # pictures that go through a VQGAN at once: its first level takes 26 MB of each
 
 
 def fingerprint(module):
@@ -237,13 +241,19 @@ class VQGAN(nn.Module):
 
     @torch.no_grad()
     def encode(self, images):
+        return torch.cat([self.encode_some(x) for x in images.split(SOME)])
+
+    @torch.no_grad()
+    def decode(self, codes):
+        return torch.cat([self.decode_some(x) for x in codes.split(SOME)])
+
+    def encode_some(self, images):
         std, mean = (imagenet(which, images.device) for which in ("std", "mean"))
         x = self.quant_conv(self.encoder(2 * (images * std + mean) - 1)).flatten(2).transpose(1, 2)
         # the nearest, |x - e|^2 less |x|^2; where all e have length 1, that of x does not matter
         return (self.book().square().sum(-1) - 2 * x @ self.book().T).argmin(-1)              # (N, P)
 
-    @torch.no_grad()
-    def decode(self, codes):
+    def decode_some(self, codes):
         side = math.isqrt(codes.shape[1])
         x = self.vectors(codes).transpose(1, 2).unflatten(2, (side, side))
         x = (self.decoder(self.post_quant_conv(x)).clamp(-1, 1) + 1) / 2
@@ -283,6 +293,8 @@ def open_tokenizer(path):
         if book is None or first is None or book.dim() != 2:
             raise UserError(f"{path} is no VQGAN's file: it has {', '.join(list(found)[:3])}")
         llamagen = any(".conv_blocks." in name for name in names)
+        if len(book) > 2 ** 16:
+            raise UserError(f"{path} has {len(book)} codes: more than 65,536 do not fit into uint16")
         z = state["encoder.conv_out.weight"].shape[0] if "encoder.conv_out.weight" in state else 256
         with torch.device("meta"):
             made = VQGAN(*book.shape, llamagen, first.shape[0], z)
@@ -297,6 +309,23 @@ def open_tokenizer(path):
     return made.eval().requires_grad_(False)
 
 
+def tokenizer_of(path):
+    """Where the tokenizer of a checkpoint is: in its folder (gr2-tiny's), or where its config says."""
+    folder, named = path if os.path.isdir(path) else os.path.dirname(path), read_config(path)
+    inside = os.path.exists(os.path.join(folder, "tokenizer.safetensors"))
+    named = str(folder if inside else named.get("encoders", {}).get("tokenizer", ""))
+    if not os.path.exists(named):
+        raise UserError(f"the tokenizer of {path} is not at hand ('{named}'): give it with --tokenizer")
+    return named
+
+
+def same_tokenizer(tokenizer, made, path):
+    """UserError unless this tokenizer is the one by which `path` was trained; made: what its config says."""
+    if made.get("fingerprint", tokenizer.fingerprint) != tokenizer.fingerprint:
+        raise UserError(f"{path} was trained on codes of the tokenizer {made['fingerprint']}, which was in "
+                        f"{made.get('tokenizer')}; this one is {tokenizer.fingerprint}: give that one")
+
+
 def save_tokenizer(tokenizer, directory, **info):
     """Write tokenizer.safetensors and tokenizer.json into a directory."""
     os.makedirs(directory, exist_ok=True)
@@ -306,22 +335,26 @@ def save_tokenizer(tokenizer, directory, **info):
     write_whole(pathlib.Path(directory, "tokenizer.json"), json.dumps(info, indent=1).encode())
 
 
-def encode_clips(directory, tokenizer, sides, batch=64):
+def encode_clips(directory, tokenizer, sides, batch=64, part=0, parts=1):
     """Write the codes of all frames of a data set beside its shards, see clips.read_codes. sides: {camera:
-    px} of the pictures that are encoded. Shards that have them of this tokenizer are left alone.
+    px} of the pictures that are encoded. Shards that have them of this tokenizer are left alone; of the
+    others this does the part-th of so many parts.
     """
+    wrong = [f"{camera} {side}" for camera, side in sides.items() if side < 1 or side % tokenizer.cell]
+    if wrong:
+        raise UserError(f"pictures of {', '.join(wrong)} px do not divide into cells of {tokenizer.cell} px")
     data, device = clips.Clips(directory), next(tokenizer.parameters()).device
     places = {camera: (side // tokenizer.cell) ** 2 for camera, side in sides.items()}
     quiet = not sys.stderr.isatty()
-    for number in tqdm(range(len(data.shards)), desc=f"codes of {directory}", disable=quiet):
-        if clips.has_codes(directory, number, tokenizer.fingerprint, places):
+    for number in tqdm(range(part, len(data.shards), parts), desc=f"codes of {directory}", disable=quiet):
+        if clips.has_codes(data, number, tokenizer.fingerprint, places):
             continue
         codes = {camera: [] for camera in sides}
         for i in range(data.first[number], data.first[number + 1]):
             for camera, frames in data.read(i, cameras=list(sides))["frames"].items():
                 for some in torch.from_numpy(frames).to(device).movedim(-1, 1).split(batch):
                     codes[camera].append(tokenizer.encode(to_pixels(some, sides[camera])).cpu().numpy())
-        clips.write_codes(directory, number, tokenizer.fingerprint,
+        clips.write_codes(data, number, tokenizer.fingerprint,
                           {camera: np.concatenate(x).astype(np.uint16) for camera, x in codes.items()})
 
 
@@ -329,11 +362,14 @@ def encode_clips(directory, tokenizer, sides, batch=64):
 def frames_of(data, camera, rng, count, ahead=0):
     """So many frames of random clips, and with `ahead` those so many steps later: normalised (count, 3, S, S)
     each."""
+    if not (data.lengths > ahead).any():
+        raise UserError(f"{data.directory} has no clip of more than {ahead} frames")
     ids = rng.choice(np.flatnonzero(data.lengths > ahead), count)
     starts = rng.integers(data.lengths[ids] - ahead)
     read = lambda later: np.concatenate([data.read(i, start + later, 1, [camera])["frames"][camera]
                                          for i, start in zip(ids.tolist(), starts.tolist())])
-    pixels = [to_pixels(torch.from_numpy(x).movedim(-1, 1), x.shape[1]) for x in map(read, {0, ahead})]
+    side = SIDES.get(camera, SIDES["rgb_static"])
+    pixels = [to_pixels(torch.from_numpy(read(later)).movedim(-1, 1), side) for later in sorted({0, ahead})]
     return pixels if ahead else pixels[0]
 
 
@@ -379,7 +415,7 @@ def judge(tokenizer, data, ahead=3, count=1000):
         codes = tokenizer.encode(later)
         frames = [{camera: x[:, None]} for x in (tokenizer.decode(codes), now, later)]
         mine, copied = change_errors(*frames, torch.ones(count, 1, dtype=torch.bool), 16)[0].tolist()
-        found[camera] = mine / copied, len(codes.unique())
+        found[camera] = mine / copied if copied else math.nan, len(codes.unique())
     return found
 
 
@@ -390,7 +426,7 @@ def main():
     parser.add_argument("--data", nargs="+", default=[], help="data sets to train on: human and robot video")
     parser.add_argument("--tokenizer", help="with --encode: a directory of --make, or a VQGAN's file")
     parser.add_argument("--side", type=int,
-                        help="with --encode: px (default: 224 for a VQGAN, else the frames')")
+                        help="with --encode: px (default: 224 for a VQGAN, else gr2-tiny's 64 and 32)")
     parser.add_argument("--steps", type=int, default=6000, help="default: 6000")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -398,18 +434,21 @@ def main():
             [True, True, False, False], [False, False, True, True]):
         parser.error("either --make DIR --data D1 D2, or --encode DATA --tokenizer DIR_OR_FILE")
     if args.encode:
-        tokenizer, data = open_tokenizer(args.tokenizer), clips.Clips(args.encode)
-        side = args.side or (224 if isinstance(tokenizer, VQGAN) else None)
-        sides = {camera: side or size[0] for camera, size in data.cameras.items()}
-        encode_clips(args.encode, tokenizer, sides)
+        tokenizer, cameras = open_tokenizer(args.tokenizer), clips.Clips(args.encode).cameras
+        usual = {} if isinstance(tokenizer, VQGAN) else SIDES
+        sides = {camera: usual.get(camera, 224) if args.side is None else args.side for camera in cameras}
+        encode_clips(args.encode, tokenizer.to("cuda" if torch.cuda.is_available() else "cpu"), sides)
         print(f"codes of tokenizer {tokenizer.fingerprint} beside the shards of {args.encode}")
         return
     if args.steps < 1 or args.seed < 0:
         parser.error("--steps must be 1 or more and --seed 0 or more")
     opened = [clips.open_data(path) for path in args.data]
     training, held_out = zip(*((data, apart or data) for data, apart in opened))
-    made = train_tiny(training, args.steps, seed=args.seed)
-    figures = {}
+    short = [data.directory for data in held_out if not (data.lengths > 3).any()]
+    if short:
+        raise UserError(f"{short[0]} has no clip of more than 3 frames, by which to judge a tokenizer")
+    made, figures = train_tiny(training, args.steps, seed=args.seed), {}
+    save_tokenizer(made, args.make, steps=args.steps, seed=args.seed, data=args.data)
     for data in held_out:
         for camera, (ratio, used) in judge(made, data).items():
             figures[f"{data.directory} {camera}"] = dict(floor=round(ratio, 3), codes=used)

@@ -133,6 +133,8 @@ def load(model, state, path, fresh=(), may_miss=()):
     if kind == OURS:
         left = {name: STARTS_FRESH for name in state if name.split(".")[0] in fresh}
         state = {name: tensor for name, tensor in state.items() if name not in left}
+    elif not hasattr(model, "resampler"):
+        raise UserError(f"{path} is {kind}, from which a GR-2 cannot start")
     else:
         state, left = translate(state, model, path, fresh)
     missing = load_strictly(model, state, path, (*lacks, *may_miss, *fresh))

@@ -10,7 +10,8 @@ import model as gr1
 import train
 from nanogr import clips, policy, tokenizer, weights
 from nanogr.encoders import HashText
-from tests.helpers import CAMERAS, fails_in_one_line, read_log, refused, run, same, small_tokenizer, training
+from tests.helpers import (CAMERAS, fails_in_one_line, golden_file, read_log, refused, run, same,
+                           small_tokenizer, training)
 
 CODES = dict(rgb_static=16, rgb_gripper=4)               # of a picture of 32 and 16 px
 SIZES = dict(window=3, stride=2, width=32, layers=2, heads=4, dropout=0.0, text_dim=16, head_width=32,
@@ -367,6 +368,16 @@ def test_scripts_know_gr2(trained, tabletop_data, tmp_path, monkeypatch):
     other = gr2_run("finetune", demos, tmp_path / "x", "--tokenizer", tmp_path / "other", "--init",
                     trained / "pre")
     assert fails_in_one_line(*other, words=["was trained on codes of the tokenizer"])
+    # without --tokenizer: the one of --init
+    assert run(*gr2_run("finetune", demos, tmp_path / "y", "--init", trained / "pre"))[0] == 0
+    before = clips.codes_path(demos, 0).read_bytes()
+    other = gr2_run("finetune", demos, tmp_path / "y", "--tokenizer", tmp_path / "other", "--resume")
+    assert fails_in_one_line(*other, words=["was trained on codes of the tokenizer"])
+    assert clips.codes_path(demos, 0).read_bytes() == before                 # and not overwritten
+    official, _ = golden_file(tmp_path / "official.pt")
+    theirs = gr2_run("finetune", demos, tmp_path / "z", "--tokenizer", trained / "tok", "--init", official)
+    assert fails_in_one_line(*theirs, words=["the authors' GR-1", "GR-2 cannot start"])
+    assert fails_in_one_line(*gr2_run("finetune", demos, tmp_path / "z"), words=["no tokenizer in out"])
     gr1_run = training("finetune", demos, tmp_path / "x")
     gr1_run[gr1_run.index("none")] = trained / "pre"
     assert fails_in_one_line(*gr1_run, words=["is a checkpoint of another model"])

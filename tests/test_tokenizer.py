@@ -170,7 +170,7 @@ def pack(directory, sizes=dict(rgb_static=32, rgb_gripper=16)):
 def test_codes_on_the_disk(tmp_path):
     """Catches codes of other frames, of another tokenizer or size, and half a file that counts as done."""
     data, made, sides = pack(tmp_path / "data"), small_tokenizer(), dict(rgb_static=32, rgb_gripper=16)
-    assert refused("has no codes for shard 0", clips.read_codes, data.directory, 0, made.fingerprint)
+    assert refused("has no codes for shard 0", clips.read_codes, data, 0, made.fingerprint)
     tokenizer.encode_clips(data.directory, made, sides)
     plainly, coded = (clips.Windows(data, np.arange(6), 4, 2, 1, list(sides), stride=2, fingerprint=mark)
                       for mark in ("", made.fingerprint))
@@ -184,12 +184,16 @@ def test_codes_on_the_disk(tmp_path):
     path = clips.codes_path(data.directory, 1)
     first, age = path.read_bytes(), clips.codes_path(data.directory, 0).stat().st_mtime_ns
     path.write_bytes(first[:-100])
-    assert refused("can't be read", clips.read_codes, data.directory, 1, made.fingerprint)
+    assert refused("can't be read", clips.read_codes, data, 1, made.fingerprint)
     tokenizer.encode_clips(data.directory, made, sides)
     assert path.read_bytes() == first and clips.codes_path(data.directory, 0).stat().st_mtime_ns == age
-    assert refused("not 00000000: .*anew", clips.read_codes, data.directory, 0, "00000000")
+    assert refused("not 00000000: .*anew", clips.read_codes, data, 0, "00000000")
+    data.shards[0]["crc32"][0] += 1                      # as if packed anew, with other pictures
+    assert refused("other pictures", clips.read_codes, data, 0, made.fingerprint)
+    data.shards[0]["crc32"][0] -= 1
+    assert refused("do not divide", tokenizer.encode_clips, data.directory, made, dict(rgb_static=-8))
     tokenizer.encode_clips(data.directory, made, dict(rgb_static=64))        # another size: written anew
-    assert clips.read_codes(data.directory, 0, made.fingerprint)["rgb_static"].shape[1] == 64
+    assert clips.read_codes(data, 0, made.fingerprint)["rgb_static"].shape[1] == 64
 
 
 def test_tokenizer_commands(tmp_path):
@@ -201,6 +205,7 @@ def test_tokenizer_commands(tmp_path):
         assert status == 0 and "floor" in said and "codes in use" in said
     assert open_tokenizer(tmp_path / "a").fingerprint == open_tokenizer(tmp_path / "b").fingerprint in said
     status, said = run("-m nanogr.tokenizer", "--encode", tmp_path / "data", "--tokenizer", tmp_path / "a")
-    assert status == 0 and clips.has_codes(tmp_path / "data", 1, open_tokenizer(tmp_path / "a").fingerprint,
-                                           dict(rgb_static=16, rgb_gripper=4))
+    assert status == 0 and clips.has_codes(clips.Clips(tmp_path / "data"), 1,
+                                           open_tokenizer(tmp_path / "a").fingerprint,
+                                           dict(rgb_static=64, rgb_gripper=16))
     assert run("-m nanogr.tokenizer", "--make", tmp_path)[0] == 2
