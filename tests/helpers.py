@@ -222,7 +222,7 @@ def annotate(split, segments, core=b"numpy._core"):
 def eval_settings(**changes):
     """What eval_calvin.parse makes of a command line, for the tabletop."""
     settings = dict(env="tabletop", scene="D", language="validation", shuffle_language=False, gif=0,
-                    serve=False, seed=0, steps=tabletop.STEPS, policy="noop")
+                    serve=False, seed=0, steps=tabletop.STEPS, policy="noop", sample_z=False)
     return types.SimpleNamespace(**settings | changes)
 
 
