@@ -267,15 +267,16 @@ def load_shard(directory, index):
 # --------------------------------------------------------------------------------------- pictures as codes
 def codes_path(directory, index):
     """Where the codes of a shard's pictures are: GR-2's, nanogr/tokenizer.py makes them. A uint16 array
-    (M, P) for each camera, P codes of each of the shard's M frames, and `fingerprint`, their tokenizer's.
+    (M, P) for each camera, P codes of each of the shard's M frames, and `of`, what they are of: the
+    tokenizer's fingerprint and the pictures' checksum.
     """
     return pathlib.Path(directory) / f"{index:05d}.codes.safetensors"
 
 
 def write_codes(clips, index, fingerprint, codes):
     """Write {camera: uint16 (M, P)} beside a shard of Clips."""
-    pictures = str(zlib.crc32(clips.shards[index]["crc32"].tobytes()))
-    content = safetensors.numpy.save(codes, {"fingerprint": fingerprint, "pictures": pictures})
+    pictures = zlib.crc32(clips.shards[index]["crc32"].tobytes())
+    content = safetensors.numpy.save(codes, {"of": f"{fingerprint} {pictures}"})       # two have no order
     write_whole(codes_path(clips.directory, index), content)
 
 
@@ -289,14 +290,13 @@ def read_codes(clips, index, fingerprint):
         raise UserError(f"{clips.directory} has no codes for shard {index}: {cure}")
     try:
         with safetensors.safe_open(path, "np") as file:
-            said = file.metadata() or {}
+            made, _, pictures = (file.metadata() or {}).get("of", "").partition(" ")
             codes = {key: file.get_tensor(key) for key in file.keys()}
     except safetensors.SafetensorError as error:
         raise UserError(f"{path} can't be read ({error}): {cure} anew") from None
-    if said.get("fingerprint") != fingerprint:
-        raise UserError(f"{path} holds codes of tokenizer {said.get('fingerprint')}, not {fingerprint}: "
-                        f"{cure} anew")
-    if said.get("pictures") != str(zlib.crc32(clips.shards[index]["crc32"].tobytes())):
+    if made != fingerprint:
+        raise UserError(f"{path} holds codes of tokenizer {made}, not {fingerprint}: {cure} anew")
+    if pictures != str(zlib.crc32(clips.shards[index]["crc32"].tobytes())):
         raise UserError(f"{path} holds codes of other pictures than the shard's: {cure} anew")
     return codes
 
