@@ -134,7 +134,8 @@ def report(args, said):
         for column, cells in table.items():
             mean, half = interval(cells[row])
             paper = (COLUMNS[column][2] or (None,) * 3)[list(ROWS).index(row)]
-            words.append(f"{100 * mean:.1f} ± {100 * half:.1f} (n {len(cells[row])})" if cells[row] else "-")
+            spread = "" if math.isnan(half) else f" ± {100 * half:.1f}"
+            words.append(f"{100 * mean:.1f}{spread} (n {len(cells[row])})" if cells[row] else "-")
             words[-1] += f" [{paper:.2f}]" if paper else ""
         lines.append(f"| {row} | " + " | ".join(words) + " |")
     lines += ["", *(f"- {name}: {value}" for name, value in said.items())]
