@@ -13,7 +13,6 @@ rollout or clip: NAME.gif, the cameras with sentence and outcome; with predictio
 about eight moments: true now / predicted t+F / true t+F / error, for each camera. F is how far ahead the
 model looks. A roll-out writes NAME.png alone: the true frames, the imagined ones, and their error.
 """
-import io
 import os
 import pathlib
 import tempfile
@@ -25,8 +24,8 @@ import torch
 import gr2
 from model import ModelError, to_pixels
 from nanogr import clips, weights
-from nanogr.common import Parser, UserError, nearest, run_script, write_whole
-from nanogr.pictures import GRAY, INK, LARGE, SMALL, enlarge, page, write_gif
+from nanogr.common import Parser, UserError, nearest, run_script
+from nanogr.pictures import GRAY, INK, LARGE, SMALL, enlarge, page, write_gif, write_png
 from nanogr.policy import Policy, change_errors, pictures, to_images
 from nanogr.worlds import tabletop
 
@@ -191,15 +190,20 @@ def look_ahead(model, take):
     for camera, x in pixels.items():
         now, predicted = (to_images(y).cpu().numpy() for y in (x, drawn[camera][0]))
         true = np.concatenate([now[F:], np.full_like(now[:F], 232)])              # past the end: a gray field
-        error = HEAT * np.abs(predicted.astype(float) - true).mean(-1, keepdims=True)
         strips[camera] = {"true now": now, f"predicted t+{F}": predicted, f"true t+{F}": true,
-                          f"error x {HEAT}": error.clip(0, 255).astype(np.uint8).repeat(3, -1)}
+                          f"error x {HEAT}": heat(predicted, true)}
     pairs = max(0, take.length - F)                                 # steps whose future frame was seen
     some = lambda which, frames: {camera: x[which] for camera, x in frames.items()}
     errors = change_errors(some(np.s_[:, :pairs], drawn), some(np.s_[None, :pairs], pixels),
                            some(np.s_[None, F:], pixels),
                            torch.ones(1, pairs, dtype=torch.bool, device=device), config.patch)
     return strips, errors.cpu()
+
+
+def heat(predicted, true):
+    """The error of pictures uint8 (L, S, S, 3), HEAT times brighter, in gray."""
+    error = HEAT * np.abs(predicted.astype(float) - true).mean(-1, keepdims=True)
+    return error.clip(0, 255).astype(np.uint8).repeat(3, -1)
 
 
 def ahead(model):
@@ -233,8 +237,8 @@ def draw_roll_out(args, model, take, out):
     """
     device, stride = next(model.parameters()).device, getattr(model.config, "stride", 1)
     steps = min(args.roll_out, (take.length - 1) // stride)
-    first = min((model.config.window - 1) * stride, take.length - 1 - steps * stride) % stride
-    last = min(first + (model.config.window - 1) * stride, take.length - 1 - steps * stride) // stride
+    now = min((model.config.window - 1) * stride, take.length - 1 - steps * stride)     # the last frame given
+    first, last = now % stride, now // stride
     errors, groups = torch.zeros(args.roll_out, 2), []
     if not steps:
         return errors
@@ -257,17 +261,14 @@ def draw_roll_out(args, model, take, out):
             codes = model.to_codes({camera: rows[f"{camera}\ntrue"]})[camera]
             rows["true, through codes"] = model.vision.decode(codes)
         drawn = {label: to_images(x).cpu().numpy() for label, x in rows.items()}
-        true_drawn, mine = list(drawn.values())[:2]
-        error = HEAT * np.abs(mine.astype(float) - true_drawn).mean(-1, keepdims=True)
-        drawn[f"error x {HEAT}"] = error.clip(0, 255).astype(np.uint8).repeat(3, -1)
+        drawn[f"error x {HEAT}"] = heat(drawn["imagined"], drawn[f"{camera}\ntrue"])
         groups.append([(label, [enlarge(x, 128) for x in images]) for label, images in drawn.items()])
     how = f"drawn at temperature {args.temperature:g}" if args.temperature else "the likeliest"
     notes = [f"checkpoint {args.checkpoint}; {last + 1} true frame{'s' * (last > 0)} given, the last at t; "
              f"{len(pixels)} view{'s' * (len(pixels) > 1)}" + f", codes {how}" * isinstance(model, gr2.GR2)]
     caption = [(take.sentence, LARGE, INK), (take.outcome, SMALL, GRAY), *((x, SMALL, GRAY) for x in notes)]
-    file = io.BytesIO()
-    page(caption, [f"t + {n * stride}" for n in range(steps + 1)], groups).save(file, "PNG")
-    write_whole(out / f"{take.name}.png", file.getvalue())
+    heads = [f"t + {n * stride}" for n in range(steps + 1)]
+    write_png(out / f"{take.name}.png", page(caption, heads, groups))
     return errors
 
 
@@ -319,9 +320,7 @@ def draw_take(args, model, take, out):
     if take.length > F:
         moments = np.unique(np.linspace(0, take.length - F - 1, MOMENTS).round().astype(int))
         note = f"error: |predicted - true|, {HEAT} times brighter (white: {255 // HEAT} of 255 or more)"
-        file = io.BytesIO()
-        sheet(strips, caption + [(note, SMALL, GRAY)], moments).save(file, "PNG")
-        write_whole(out / f"{take.name}.png", file.getvalue())
+        write_png(out / f"{take.name}.png", sheet(strips, caption + [(note, SMALL, GRAY)], moments))
     return errors
 
 

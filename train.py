@@ -432,7 +432,11 @@ def take_in(batch, model):
     """What the model takes of a batch: frames as `see` says; GR-2: their codes {camera: (B, N, P)}."""
     if "codes" in batch:
         return batch["codes"]
-    pixels = see(batch, model.config)
+    return as_codes(see(batch, model.config), model)
+
+
+def as_codes(pixels, model):
+    """Frames as the model takes them: GR-2's codes; GR-1 takes them as they are."""
     return model.to_codes(pixels) if isinstance(model, gr2.GR2) else pixels
 
 
@@ -472,7 +476,7 @@ def evaluate(learner, windows, config, world):
         batch = to_device(batch, world.device)
         with learner.autocast:
             pixels = see(batch, model_config)
-            seen = model.to_codes(pixels) if isinstance(model, gr2.GR2) else pixels
+            seen = as_codes(pixels, model)
             out = predict(net, model_config, batch, seen)
         counts = world.mean(count_targets(batch))
         for name, value in losses(out, batch, seen, model_config, counts=counts).items():

@@ -13,7 +13,6 @@ Each is judged by single instructions in scene D, from the same states. Nothing 
 It runs train.py and eval_calvin.py; flags after `--` go to train.py. Into --out (default out/ablation) it
 writes a folder for each training, report.md, report.json and chart.png. A killed run goes on where it was.
 """
-import io
 import json
 import math
 import pathlib
@@ -24,7 +23,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from nanogr.common import Parser, UserError, check_same, parse_part, read_json, run_script, write_whole
-from nanogr.pictures import GRAY, INK, SMALL
+from nanogr.pictures import GRAY, INK, SMALL, write_png
 
 HERE = pathlib.Path(__file__).resolve().parents[1]
 ROWS = {"neither": ["--no-video", "--init", "none"], "video": ["--init", "none"],
@@ -174,9 +173,7 @@ def chart(table, path, width=150, height=220):
         pen.rectangle((x, height + 62, x + 12, height + 74), colour)
         pen.text((x + 18, height + 68), row, INK, SMALL, anchor="lm")
         x += 34 + SMALL.getlength(row)
-    content = io.BytesIO()
-    sheet.save(content, "PNG")
-    write_whole(path, content.getvalue())
+    write_png(path, sheet)
 
 
 def settings(args):

@@ -273,10 +273,15 @@ def codes_path(directory, index):
     return pathlib.Path(directory) / f"{index:05d}.codes.safetensors"
 
 
+def pictures_of(clips, index):
+    """Checksum of a shard's pictures."""
+    return str(zlib.crc32(clips.shards[index]["crc32"].tobytes()))
+
+
 def write_codes(clips, index, fingerprint, codes):
     """Write {camera: uint16 (M, P)} beside a shard of Clips."""
-    pictures = zlib.crc32(clips.shards[index]["crc32"].tobytes())
-    content = safetensors.numpy.save(codes, {"of": f"{fingerprint} {pictures}"})       # two have no order
+    made_of = f"{fingerprint} {pictures_of(clips, index)}"               # one entry, for two have no order
+    content = safetensors.numpy.save(codes, {"of": made_of})
     write_whole(codes_path(clips.directory, index), content)
 
 
@@ -296,7 +301,7 @@ def read_codes(clips, index, fingerprint):
         raise UserError(f"{path} can't be read ({error}): {cure} anew") from None
     if made != fingerprint:
         raise UserError(f"{path} holds codes of tokenizer {made}, not {fingerprint}: {cure} anew")
-    if pictures != str(zlib.crc32(clips.shards[index]["crc32"].tobytes())):
+    if pictures != pictures_of(clips, index):
         raise UserError(f"{path} holds codes of other pictures than the shard's: {cure} anew")
     return codes
 

@@ -61,8 +61,12 @@ def write_sheet(path, rows, side, line=18):
         ImageDraw.Draw(sheet).text((4, top + 3), label, "black")
         for column, image in enumerate(images):
             sheet.paste(Image.fromarray(image).resize((side, side)), (column * side, top + line))
+    write_png(path, sheet)
+
+
+def write_png(path, image):
     content = io.BytesIO()
-    sheet.save(content, "PNG")
+    image.save(content, "PNG")
     write_whole(path, content.getvalue())
 
 
