@@ -6,6 +6,7 @@
 """
 import math
 from collections import defaultdict, deque
+from functools import partial
 
 import numpy as np
 import torch
@@ -39,11 +40,14 @@ class Policy:
             raise ModelError("this model has no latent to draw")
         self.model, self.execute, self.ensemble, self.sample_z = model.eval(), execute, ensemble, sample_z
         self.device, self.stride = next(model.parameters()).device, getattr(model.config, "stride", 1)
+        self.look, self.answer = (Graphed(partial(f, model), self.device) for f in (look, answer))
         self.reset()
 
     def another(self):
         """A policy of the same model and settings, with a history of its own."""
-        return Policy(self.model, self.execute, self.ensemble, self.sample_z)
+        new = Policy(self.model, self.execute, self.ensemble, self.sample_z)
+        new.look, new.answer = self.look, self.answer    # a graph takes a tenth of a second to record
+        return new
 
     def reset(self):
         # a frame's (images (., D), state (D,)): those of the window, and between them what later windows need
@@ -99,7 +103,7 @@ class Policy:
         never, last = torch.arange(0), torch.tensor([len(self.window) - 1])
         queries, _ = model.queries(never, last)
         now = {c: to_pixels(self.frames[c], side)[:, None] for c, side in config.cameras.items()}
-        out = model.heads(ask([self], queries), 0, now)
+        out = model.heads(ask(model, queries, *histories([self])), 0, now)
         return {c: to_images(x)[0, 0].cpu().numpy() for c, x in pictures(model, out, now).items()}
 
 
@@ -132,12 +136,11 @@ def look_together(policies, observations, sentences):
     """B policies of one model take in an observation each. All frames are encoded at once."""
     if not all(sentence.strip() for sentence in sentences):
         raise ModelError("the instruction is empty: say what the robot should do")
-    model, config, device = policies[0].model, policies[0].model.config, policies[0].device
+    model, device = policies[0].model, policies[0].device
     frames = {c: torch.tensor(np.stack([seen[c] for seen in observations])).to(device).permute(0, 3, 1, 2)
-              for c in config.cameras}
-    images = model.encode_images({c: to_pixels(x, config.cameras[c]) for c, x in frames.items()})
+              for c in model.config.cameras}
     robot_obs = np.stack([np.asarray(seen["robot_obs"], np.float32) for seen in observations])
-    states = model.encode_state(torch.tensor(robot_obs, device=device))
+    images, states = policies[0].look(torch.tensor(robot_obs).to(device), *frames.values())
     for i, (policy, sentence) in enumerate(zip(policies, sentences)):
         policy.remember({c: x[i:i + 1] for c, x in frames.items()}, images[i], states[i], sentence)
 
@@ -152,21 +155,78 @@ def predict_together(policies):
         by_length[len(policy.window)].append(i)
     arm = np.empty((len(policies), config.chunk, model.action_head.arm.out_features), np.float32)
     gripper = np.empty((len(policies), config.chunk), np.float32)
+    latent = config.latent if policies[0].sample_z else 0
     for rows in by_length.values():
-        act = ask([policies[i] for i in rows], model.query_act)
-        drawn = [torch.randn(len(rows), config.latent, device=act.device)] if policies[0].sample_z else []
-        arm[rows], gripper[rows] = (x.float().cpu().numpy() for x in model.action_head(act, *drawn))
+        drawn = [torch.randn(len(rows), latent, device=policies[0].device)] if latent else []
+        said = policies[0].answer(*histories([policies[i] for i in rows]), *drawn)
+        arm[rows], gripper[rows] = (x.float().cpu().numpy() for x in said)
     return arm, gripper
 
 
-def ask(policies, queries):
-    """Answers (B, R, D) to queries (R, D) put at the last step of B policies' windows of one length."""
-    model, length = policies[0].model, len(policies[0].window)
+def histories(policies):
+    """What B policies with windows of one length know: language (B, D), images (B, T, ., D) and states
+    (B, T, D).
+    """
     images, states = (torch.stack([torch.stack(x) for x in each])
                       for each in zip(*(zip(*policy.window) for policy in policies)))
-    context = model.context(torch.cat([policy.language for policy in policies]), images, states)
-    last = torch.full((len(queries),), length - 1, device=queries.device)
-    return model.trunk(context, queries.expand(len(policies), -1, -1), last)
+    return torch.cat([policy.language for policy in policies]), images, states
+
+
+# what a step computes, as functions of tensors alone
+def look(model, robot_obs, *frames):
+    """robot_obs (B, 15), uint8 frames (B, 3, H, W) of each camera -> images (B, ., D), states (B, D)."""
+    sides = model.config.cameras
+    pixels = {camera: to_pixels(x, sides[camera]) for camera, x in zip(sides, frames)}
+    return model.encode_images(pixels), model.encode_state(robot_obs)
+
+
+def answer(model, language, images, states, *drawn):
+    """See histories; drawn: a latent (B, z), or none -> arm (B, K, 6), gripper logits (B, K)."""
+    return model.action_head(ask(model, model.query_act, language, images, states), *drawn)
+
+
+def ask(model, queries, language, images, states):
+    """Answers (B, R, D) to queries (R, D) put at the last step of B windows, see histories."""
+    context = model.context(language, images, states)
+    last = torch.full((len(queries),), images.shape[1] - 1, device=queries.device)
+    return model.trunk(context, queries.expand(len(images), -1, -1), last)
+
+
+class Graphed:
+    """A function of tensors that returns tensors. On a GPU its kernels are recorded, once for each shape of
+    the inputs, and replayed as one CUDA graph: a step is hundreds of small kernels, and to ask for them one
+    by one takes longer than to compute them. So it must not look at a value, nor draw one. Elsewhere it is
+    called as it is.
+    """
+    def __init__(self, function, device):
+        self.function, self.records, self.graphs = function, device.type == "cuda", {}
+
+    @torch.no_grad()
+    def __call__(self, *inputs):
+        if not self.records:
+            return self.function(*inputs)
+        half = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+        key = half, *((x.shape, x.dtype) for x in inputs)
+        if key not in self.graphs:
+            # a cast that autocast keeps would be gone when it ends, and the graph would still read it
+            with torch.autocast("cuda", half, enabled=half is not None, cache_enabled=False):
+                self.graphs[key] = self.record([x.clone() for x in inputs])
+        graph, held, out = self.graphs[key]
+        for mine, given in zip(held, inputs):
+            mine.copy_(given)
+        graph.replay()
+        return [x.clone() for x in out]                  # the next replay writes over them
+
+    def record(self, held):
+        """-> (graph, the inputs that it reads, the outputs that it writes)."""
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):                  # constants and work space, which a first call makes
+            self.function(*held)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            out = self.function(*held)
+        return graph, held, out
 
 
 # ------------------------------------------------------------------------------------------- foresight

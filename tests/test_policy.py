@@ -1,10 +1,17 @@
 """nanogr/policy.py: acting equals the full forward; what is drawn of the foreseen."""
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import gr2
 import model as gr1
 from nanogr import policy
+from nanogr.encoders import build_encoders
 from tests.helpers import CAMERAS, refused, same, small_config, small_model
 
 
@@ -73,3 +80,60 @@ def test_an_eighth_number_of_an_action():
     named = gr1.losses(out, batch, frames, model.config)
     assert same(named["arm"], torch.nn.functional.smooth_l1_loss(out["arm"], batch["rel_actions"][..., :7]))
     assert same(named["gripper"], -torch.nn.functional.logsigmoid(out["gripper"]).mean())
+
+
+class Imagined(policy.Graphed):
+    """Recorded and replayed as on a GPU, which is imagined: a replay computes on the inputs that it holds and
+    writes over the outputs that it holds."""
+    def record(self, held):
+        class Graph:
+            replay = lambda _: [old.copy_(new) for old, new in zip(out, self.function(*held))]
+        out = [torch.full_like(x, 7.0) for x in self.function(*held)]
+        return Graph(), held, out
+
+
+def test_a_graph_for_each_shape():
+    """Catches a graph that answers for another shape, for its first inputs, or over an earlier answer."""
+    model, rng = small_model(), np.random.default_rng(0)
+    plain, replayed = policy.Policy(model), policy.Policy(model)
+    for name in "look", "answer":
+        setattr(replayed, name, Imagined(partial(getattr(policy, name), model), torch.device("cuda")))
+    for _ in range(8):
+        observation = {c: rng.integers(0, 256, (32, 32, 3), np.uint8) for c in CAMERAS}
+        observation["robot_obs"] = rng.normal(size=15)
+        for mine, known in zip(replayed.actions(observation, "push"), plain.actions(observation, "push")):
+            assert np.array_equal(mine, known)
+    assert len(replayed.look.graphs) == 1 and len(replayed.answer.graphs) == model.config.window
+    assert replayed.another().answer is replayed.answer
+
+
+class Waits(TorchDispatchMode):
+    """Lists what makes the host wait for the device: copies between them, values and shapes that it reads."""
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        devices = {x.device.type for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)}
+        if len(devices) > 1 or any(x in str(operation) for x in ("local_scalar", "nonzero", "masked_select")):
+            self.found.append(str(operation))
+        return out
+
+
+@pytest.mark.parametrize("kind, preset", [(gr1, "tiny"), (gr2, "gr2-tiny")])
+def test_a_step_never_waits_for_the_device(kind, preset):
+    """What waits can't be recorded as a CUDA graph. Catches a constant sent anew, a value that is read."""
+    config, text = kind.preset_config(preset), torch.nn.Identity()
+    gr1.imagenet.cache_clear()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"), torch.no_grad():
+        if kind is gr1:
+            model = gr1.GR1(config, *build_encoders(config, None, text, "none")).eval()
+        else:
+            model = gr2.GR2(config, *gr2.build_encoders(config, "none", text)).eval()
+        frames = [torch.zeros(2, 3, side + 8, side + 8).byte() for side in config.cameras.values()]
+        for time in range(2):                            # what a first call makes is kept
+            watch = Waits()
+            watch.found = []
+            with watch:
+                images, states = policy.look(model, torch.zeros(2, 15), *frames)
+                windows = (x[:, None].repeat_interleave(config.window, 1) for x in (images, states))
+                arm, _ = policy.answer(model, torch.zeros(2, config.width), *windows)
+        assert arm.shape == (2, config.chunk, 6) and not watch.found
+    gr1.imagenet.cache_clear()
