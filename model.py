@@ -62,6 +62,8 @@ class GR1Config:
     copy_gate: bool = False        # [OBS] also says, pixel by pixel, what stays as it is; not in the paper
     action_activation: bool = False  # a ReLU between the action head's layers; the official code has none
 
+    stride, latent = 1, 0          # in which GR-1 has no choice: every frame is a timestep; no action VAE
+
     def __post_init__(self):
         check_config(self)
 
@@ -100,16 +102,11 @@ def preset_config(name, stage="finetune", /, **changes):      # "/": so that cha
 
 def token_table(config):
     """The tokens of one timestep, in order: a list of (name, count, is_query)."""
-    table = [("language", 1, False)]
-    if config.robot:
-        table += [("state", 1, False)]
+    table = [("language", 1, False)] + [("state", 1, False)] * config.robot
     for camera in config.cameras:
         table += [(f"{camera} latents", config.latents, False), (f"{camera} CLS", 1, False)]
-    if config.robot:
-        table += [("[ACT]", config.chunk, True)]
-    if config.video:
-        table += [(f"[OBS] {camera}", config.latents + 1, True) for camera in config.cameras]
-    return table
+    table += [("[ACT]", config.chunk, True)] * config.robot
+    return table + [(f"[OBS] {camera}", config.latents + 1, True) for camera in config.cameras] * config.video
 
 
 # -------------------------------------------------------------------------------------- attention mask

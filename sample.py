@@ -26,7 +26,7 @@ from model import ModelError, to_pixels
 from nanogr import clips, weights
 from nanogr.common import Parser, UserError, nearest, run_script
 from nanogr.pictures import GRAY, INK, LARGE, SMALL, enlarge, page, write_gif, write_png
-from nanogr.policy import Policy, change_errors, pictures, to_images
+from nanogr.policy import Policy, ask, change_errors, pictures, to_images
 from nanogr.worlds import tabletop
 
 MOMENTS = 8                    # columns of a sheet
@@ -165,16 +165,16 @@ def foresee(model, pixels, take):
     GR1.forward's lines over a sliding window whose last step is asked: what Policy.predicted_frames does.
     Each frame is encoded once.
     """
-    config, stride, answers = model.config, getattr(model.config, "stride", 1), []
+    config, stride, answers = model.config, model.config.stride, []
     images, language = model.encode_images(pixels), model.encode_language([take.sentence])
     if config.robot:
         state = model.encode_state(torch.from_numpy(take.robot_obs).to(images.device))
     for t in range(take.length):
         window = list(range(t, -1, -stride))[:config.window][::-1]
-        context = model.context(language, images[None, window], state[None, window] if config.robot else None)
-        queries, at = model.queries(torch.arange(0), torch.tensor([len(window) - 1]))
+        queries, _ = model.queries(torch.arange(0), torch.tensor([len(window) - 1]))
+        states = state[None, window] if config.robot else None
         now = {camera: x[None, t:t + 1] for camera, x in pixels.items()}
-        out = model.heads(model.trunk(context, queries[None], at), 0, now)
+        out = model.heads(ask(model, queries, language, images[None, window], states), 0, now)
         answers.append(pictures(model, out, now))
     return {camera: torch.cat([answer[camera] for answer in answers], 1) for camera in config.cameras}
 
@@ -208,7 +208,7 @@ def heat(predicted, true):
 
 def ahead(model):
     """How many frames ahead a model foresees."""
-    return model.config.future * getattr(model.config, "stride", 1)
+    return model.config.future * model.config.stride
 
 
 # -------------------------------------------------------------------------------------------- rolled out
@@ -235,7 +235,7 @@ def draw_roll_out(args, model, take, out):
     """Write the sheet of a take's roll-out; -> errors (N, 2), summed over the cameras, see change_errors: of
     the imagined frames by how often they were fed in, and of repeating the last true one.
     """
-    device, stride = next(model.parameters()).device, getattr(model.config, "stride", 1)
+    device, stride = next(model.parameters()).device, model.config.stride
     steps = min(args.roll_out, (take.length - 1) // stride)
     now = min((model.config.window - 1) * stride, take.length - 1 - steps * stride)     # the last frame given
     first, last = now % stride, now // stride

@@ -326,7 +326,7 @@ def training_windows(data, ids, config, model_config, fingerprint="", learns=Fal
     return clips.Windows(data, ids, config.batch, model_config.window, model_config.future,
                          list(model_config.cameras), model_config.chunk, config.seed, config.windows_per_clip,
                          config.shift, config.video_steps if model_config.video else 0,
-                         getattr(model_config, "stride", 1), model_config.latent if learns else 0,
+                         model_config.stride, model_config.latent if learns else 0,
                          config.hide_states if learns else 0, fingerprint)
 
 
@@ -956,7 +956,7 @@ def train(config, changes, world):
     config.resume = config.resume and can_resume(config, world)
     find_tokenizer(config, world)
     model = build(config, changes, world)
-    window = (model.config.window - 1) * getattr(model.config, "stride", 1) + 1           # in frames
+    window = (model.config.window - 1) * model.config.stride + 1             # in frames
     places = int(np.maximum(1, data.lengths[ids] - window + 1).sum())
     config.steps, config.epochs = config.steps or math.ceil(config.epochs * places / config.batch), 0.0
     codes = encode(model, data.directory, config, world)
