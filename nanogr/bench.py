@@ -424,8 +424,9 @@ def bench_model(config, batch=2, seconds=20):
         if compiled:
             for part in ours.vision, ours.resampler, ours.trunk, given.resampler, given.trunk:
                 part.compile()
-            acting = acting_calls(ours, as_the_original(ours), device)       # with graphs of its own
         with torch.autocast(device.type, torch.bfloat16, half):
+            if gpu:
+                acting = acting_calls(ours, as_the_original(ours), device)   # a history of this precision
             for what, calls in ("act, batch 1", acting), (f"train, batch {batch}", training):
                 row(f"{what}, {name} [ms]", *(1000 * np.median(x) for x in in_turn(calls, seconds, device)))
     torch.set_num_threads(threads)

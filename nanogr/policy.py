@@ -4,6 +4,7 @@
     policy.reset()                                          # at a new instruction
     action = policy.step(observation, "open the drawer")    # one of rel_actions, float32 (7,)
 """
+import copy
 import math
 from collections import defaultdict, deque
 from functools import partial
@@ -23,10 +24,11 @@ class Policy:
     keys and values of the step before are of no use.
     """
 
-    def __init__(self, model, execute=1, ensemble=None, sample_z=False):
+    def __init__(self, model, execute=1, ensemble=None, sample_z=False, graphs=True):
         """execute: so many actions of a predicted chunk are done before the model is asked again. ensemble:
         a number m; every step's action is a mean over all chunks that have one for it, weighted exp(-m i),
         i = 0 the oldest (ACT, Zhao et al. 2023). sample_z: draw a VAE's latent (GR-2) instead of taking 0.
+        graphs: on a GPU, replay what a step computes as CUDA graphs, see Graphed.
         """
         if not model.config.robot:
             raise ModelError("this model was pre-trained on video and has no action head: finetune it first "
@@ -40,13 +42,14 @@ class Policy:
             raise ModelError("this model has no latent to draw")
         self.model, self.execute, self.ensemble, self.sample_z = model.eval(), execute, ensemble, sample_z
         self.device, self.stride = next(model.parameters()).device, model.config.stride
-        self.look, self.answer = (Graphed(partial(f, model), self.device) for f in (look, answer))
+        on = self.device if graphs else torch.device("cpu")
+        self.look, self.act = Graphed(partial(look, model), on), Graphed(partial(act, model), on)
         self.reset()
 
     def another(self):
         """A policy of the same model and settings, with a history of its own."""
-        new = Policy(self.model, self.execute, self.ensemble, self.sample_z)
-        new.look, new.answer = self.look, self.answer    # a graph takes a tenth of a second to record
+        new = copy.copy(self)                            # with the same graphs
+        new.reset()
         return new
 
     def reset(self):
@@ -158,7 +161,7 @@ def predict_together(policies):
     latent = config.latent if policies[0].sample_z else 0
     for rows in by_length.values():
         drawn = [torch.randn(len(rows), latent, device=policies[0].device)] if latent else []
-        said = policies[0].answer(*histories([policies[i] for i in rows]), *drawn)
+        said = policies[0].act(*histories([policies[i] for i in rows]), *drawn)
         arm[rows], gripper[rows] = (x.float().cpu().numpy() for x in said)
     return arm, gripper
 
@@ -180,7 +183,7 @@ def look(model, robot_obs, *frames):
     return model.encode_images(pixels), model.encode_state(robot_obs)
 
 
-def answer(model, language, images, states, *drawn):
+def act(model, language, images, states, *drawn):
     """See histories; drawn: a latent (B, z), or none -> arm (B, K, 6), gripper logits (B, K)."""
     return model.action_head(ask(model, model.query_act, language, images, states), *drawn)
 
@@ -193,39 +196,54 @@ def ask(model, queries, language, images, states):
 
 
 class Graphed:
-    """A function of tensors that returns tensors. On a GPU its kernels are recorded, once for each shape of
-    the inputs, and replayed as one CUDA graph: a step is hundreds of small kernels, and to ask for them one
-    by one takes longer than to compute them. So it must not look at a value, nor draw one. Elsewhere it is
-    called as it is.
+    """A function of tensors that returns tensors. On a GPU its kernels are recorded, once for each shape and
+    type of the inputs, and replayed as one CUDA graph: a step is hundreds of small kernels, and to ask for
+    them one by one takes longer than to compute them. A large batch is computed as it is, and so is all on a
+    CPU. The function must not look at a value. Weights may change in place; for a model that was moved,
+    compiled or put into another mode since, make a new policy. Not for several threads or streams.
     """
+    LARGEST = 4                    # rows: a graph for each batch size holds memory, and more rows need none
+
     def __init__(self, function, device):
-        self.function, self.records, self.graphs = function, device.type == "cuda", {}
+        self.function, self.on_gpu, self.graphs = function, device.type == "cuda", {}
+        self.stream = self.pool = None
 
     @torch.no_grad()
     def __call__(self, *inputs):
-        if not self.records:
+        if not self.on_gpu or len(inputs[0]) > self.LARGEST:
             return self.function(*inputs)
-        half = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        key = half, *((x.shape, x.dtype) for x in inputs)
+        cast_to = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+        key = cast_to, *((x.shape, x.dtype) for x in inputs)
         if key not in self.graphs:
             # a cast that autocast keeps would be gone when it ends, and the graph would still read it
-            with torch.autocast("cuda", half, enabled=half is not None, cache_enabled=False):
+            with torch.autocast("cuda", cast_to, enabled=cast_to is not None, cache_enabled=False):
                 self.graphs[key] = self.record([x.clone() for x in inputs])
         graph, held, out = self.graphs[key]
         for mine, given in zip(held, inputs):
             mine.copy_(given)
         graph.replay()
-        return [x.clone() for x in out]                  # the next replay writes over them
+        return tuple(x.clone() for x in out)             # the next replay writes over them
 
     def record(self, held):
-        """-> (graph, the inputs that it reads, the outputs that it writes)."""
-        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):                  # constants and work space, which a first call makes
-            self.function(*held)
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph):
-            out = self.function(*held)
+        """-> (graph, the inputs that it reads, the outputs that it writes). All graphs share their memory:
+        they are replayed one after the other, and what they write is copied at once.
+        """
+        with torch.cuda.device(held[0].device):
+            if self.stream is None:
+                self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+            now, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+            self.stream.wait_stream(now)
+            with torch.cuda.stream(self.stream):         # constants and work space, which a first call makes
+                self.function(*held)
+            now.wait_stream(self.stream)
+            try:
+                with torch.cuda.graph(graph, self.pool, self.stream):
+                    out = self.function(*held)
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise ModelError("this model's step can't be recorded as a CUDA graph, for something in it "
+                                 "waits for the GPU: take Policy(..., graphs=False)") from error
         return graph, held, out
 
 

@@ -96,15 +96,38 @@ def test_a_graph_for_each_shape():
     """Catches a graph that answers for another shape, for its first inputs, or over an earlier answer."""
     model, rng = small_model(), np.random.default_rng(0)
     plain, replayed = policy.Policy(model), policy.Policy(model)
-    for name in "look", "answer":
+    for name in "look", "act":
         setattr(replayed, name, Imagined(partial(getattr(policy, name), model), torch.device("cuda")))
     for _ in range(8):
         observation = {c: rng.integers(0, 256, (32, 32, 3), np.uint8) for c in CAMERAS}
         observation["robot_obs"] = rng.normal(size=15)
         for mine, known in zip(replayed.actions(observation, "push"), plain.actions(observation, "push")):
             assert np.array_equal(mine, known)
-    assert len(replayed.look.graphs) == 1 and len(replayed.answer.graphs) == model.config.window
-    assert replayed.another().answer is replayed.answer
+    assert len(replayed.look.graphs) == 1 and len(replayed.act.graphs) == model.config.window
+    assert replayed.another().act is replayed.act
+    crowd = torch.zeros(policy.Graphed.LARGEST + 1, 15)
+    assert len(replayed.look(crowd, *[torch.zeros(len(crowd), 3, 32, 32).byte()] * 2)[1]) == len(crowd)
+    assert len(replayed.look.graphs) == 1                # which computes a large batch as it is
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("cast", [False, True])
+def test_replays_equal_calls_on_a_gpu(cast):
+    """Catches graphs that read what is gone: casts of an autocast that has ended, another policy's memory."""
+    model, rng = small_model().cuda(), np.random.default_rng(0)
+    another = policy.Policy(model)
+    plain, replayed = policy.Policy(model, graphs=False), policy.Policy(model)
+    for step in range(12):
+        seen = {c: rng.integers(0, 256, (32, 32, 3), np.uint8) for c in CAMERAS}
+        seen["robot_obs"] = rng.normal(size=15)
+        with torch.autocast("cuda", torch.bfloat16, cast):
+            if another:
+                another.actions(seen, "push")
+            for mine, known in zip(replayed.actions(seen, "push"), plain.actions(seen, "push")):
+                assert np.abs(mine - known).max() < (0.02 if cast else 1e-4), step
+        if step == 8:                                    # all graphs are recorded: one of two policies goes
+            another = None
+            torch.cuda.empty_cache()
 
 
 class Waits(TorchDispatchMode):
@@ -134,6 +157,6 @@ def test_a_step_never_waits_for_the_device(kind, preset):
             with watch:
                 images, states = policy.look(model, torch.zeros(2, 15), *frames)
                 windows = (x[:, None].repeat_interleave(config.window, 1) for x in (images, states))
-                arm, _ = policy.answer(model, torch.zeros(2, config.width), *windows)
+                arm, _ = policy.act(model, torch.zeros(2, config.width), *windows)
         assert arm.shape == (2, config.chunk, 6) and not watch.found
     gr1.imagenet.cache_clear()
