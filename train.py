@@ -571,6 +571,8 @@ def start_from(state, init, model, config, world):
     for part in fresh:
         if part not in names:
             raise UserError(f"--fresh {part}: no such part; there are {', '.join(sorted(names))}")
+    if "timestep" in state and len(state["timestep"]) != model.config.window:
+        fresh.append("timestep")                         # pre-trained with another window
     new = weights.finetuning_parts(model.config.cameras)
     if isinstance(model, gr2.GR2):
         new += "no_state", *(f"camera.{camera}" for camera in list(model.config.cameras)[1:])

@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw
 
 from nanogr.common import Parser, UserError, check_same, parse_part, read_json, run_script, write_whole
 from nanogr.pictures import GRAY, INK, SMALL, write_png
+from nanogr.tokenizer import tokenizer_of
 
 HERE = pathlib.Path(__file__).resolve().parents[1]
 ROWS = {"neither": ["--no-video", "--init", "none"], "video": ["--init", "none"],
@@ -100,6 +101,8 @@ def do(args, column, row, seed):
     if (out / "eval/report.json").exists():
         return
     own = ROWS[row] or ["--init", args.init, "--fresh", "none"]
+    if args.preset.startswith("gr2"):                    # all rows read the same codes
+        own = [*own, "--tokenizer", tokenizer_of(args.init)]
     data = demonstrations(args, scenes)
     run(HERE / "train.py", "--preset", args.preset, "--data", data, "--seed", seed, "--steps", args.steps,
         "--eval-every", args.steps, "--out", out, "--resume", *flags, *own, *args.flags)

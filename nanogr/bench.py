@@ -75,7 +75,8 @@ def settings(argv, world):
     config, changes, _ = train.parse(argv)
     if not config.preset.endswith("tiny") and not any(word.split("=")[0] == "--batch" for word in argv):
         parts = world.size * config.accumulate * config.windows_per_clip
-        config.batch = parts * max(1, (32 if world.device.type == "cuda" else 2) * world.size // parts)
+        each = 32 if world.device.type == "cuda" else 1 if config.preset.startswith("gr2") else 2
+        config.batch = parts * max(1, each * world.size // parts)
         world.print(f"batch: {config.batch} windows to measure with (--batch N chooses)")
     train.check_batch(config, world)
     return dataclasses.replace(config, vision_weights="none", text_weights="none", tokenizer="none",
