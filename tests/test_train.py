@@ -96,8 +96,8 @@ def test_finetuning_starts_from_pretraining(checkpoints, tabletop_data, tmp_path
         assert status == 0 and "saved at step" not in text, text
         after = weights.read_weights(tmp_path / fresh / "model.safetensors")
         assert set(before) < set(after)
-        assert {name.split(".")[0] for name in before if not (before[name].shape == after[name].shape and same(
-            before[name], after[name]))} == parts
+        kept = lambda name: before[name].shape == after[name].shape and same(before[name], after[name])
+        assert {name.split(".")[0] for name in before if not kept(name)} == parts
     shutil.copytree(checkpoints / "pretrain", tmp_path / "cut")
     settings = (tmp_path / "cut/config.json").read_text()
     (tmp_path / "cut/config.json").write_text(settings.replace('"steps": 6', '"steps": 60'))
