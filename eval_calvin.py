@@ -25,7 +25,6 @@ Reads a checkpoint (train.py's or the authors'). Prints the report, writes it to
 import argparse
 import collections
 import contextlib
-import hashlib
 import json
 import math
 import multiprocessing
@@ -515,8 +514,8 @@ def settings(args):
         said["acting"] = (f"one model for all workers on {device_of(args)}, in batches whose last bits "
                           "depend on timing" if args.serve else "a model for each worker, on cpu")
     if args.policy == "model":
-        said["checkpoint"] = fingerprint(args.checkpoint)
-        said |= {name: digest(pathlib.Path(path)) if path != "none" else "none: random weights"
+        said["checkpoint"] = weights.fingerprint(args.checkpoint)
+        said |= {name: weights.digest(pathlib.Path(path)) if path != "none" else "none: random weights"
                  for name, path in (("MAE", args.mae), ("CLIP", args.clip)) if path}          # or a tokenizer
     if looks(args):
         said |= {"actions executed of a chunk": args.execute} if args.execute > 1 else {}
@@ -531,22 +530,6 @@ def settings(args):
     drawn, _, args.device = calvin.probe(renderer(args)).partition(", ")
     return said | {"calvin_env": calvin.commit(),
                    "renderer": drawn if looks(args) else "none: the policy doesn't look"}
-
-
-def fingerprint(checkpoint):
-    """What tells a checkpoint of train.py's or a file of the authors' from any other."""
-    path = pathlib.Path(checkpoint)
-    step = weights.read_config(checkpoint).get("step")
-    content = digest(path / "model.safetensors" if path.is_dir() else path)
-    return f"{'' if step is None else f'step {step}, '}{content}"
-
-
-def digest(path):
-    content, path = hashlib.sha256(), path / "tokenizer.safetensors" if path.is_dir() else path
-    with open(path, "rb") as file:
-        while part := file.read(1 << 24):
-            content.update(part)
-    return f"sha256 {content.hexdigest()[:16]}"
 
 
 def jobs_of(said):

@@ -8,7 +8,8 @@ The paper's first question in miniature: what do video prediction and video pre-
 Rows: neither (no [OBS], no pre-training), video (with [OBS]), video + pre-training (starts from CHECKPOINT,
 which `train.py --stage pretrain` made). Columns: how many demonstrations, see COLUMNS. Each cell is several
 trainings (--seeds) of the same steps, which differ in weights, windows and which demonstrations they get.
-Each is judged by single instructions in scene D, from the same states. Nothing else differs between rows.
+Each is judged by single instructions in scene D, from the same states. All of CHECKPOINT is carried over,
+whatever the preset's --fresh is. Nothing else differs between rows.
 
 It runs train.py and eval_calvin.py; flags after `--` go to train.py. Into --out (default out/ablation) it
 writes a folder for each training, report.md, report.json and chart.png. A killed run goes on where it was.
@@ -22,9 +23,11 @@ import sys
 import numpy as np
 from PIL import Image, ImageDraw
 
+import gr2
 from nanogr.common import Parser, UserError, check_same, parse_part, read_json, run_script, write_whole
 from nanogr.pictures import GRAY, INK, SMALL, write_png
 from nanogr.tokenizer import tokenizer_of
+from nanogr.weights import fingerprint
 
 HERE = pathlib.Path(__file__).resolve().parents[1]
 ROWS = {"neither": ["--no-video", "--init", "none"], "video": ["--init", "none"],
@@ -36,8 +39,8 @@ COLUMNS = {
     "10%": (["--data-fraction", "0.1"], "ABCD", (1.04, 1.52, 2.00)),
     "all": ([], "ABCD", (3.33, 3.82, 4.21)),
     "ABC to D": ([], "ABC", (2.40, 2.65, 3.06)),
-    "10% future 1": (["--data-fraction", "0.1", "--future-step", "1"], "ABCD", (None, 3.61, None)),
-    "10% future 5": (["--data-fraction", "0.1", "--future-step", "5"], "ABCD", (None, 3.67, None)),
+    "future 1": (["--future-step", "1"], "ABCD", (None, 3.61, None)),
+    "future 5": (["--future-step", "5"], "ABCD", (None, 3.67, None)),
 }
 STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}    # 95%
 
@@ -64,8 +67,10 @@ def parse():
     for name, known in [(x, COLUMNS) for x in args.columns] + [(x, ROWS) for x in args.rows]:
         if name not in known:
             parser.error(f"there is no {name!r}: choose from {', '.join(known)}")
-    if min(args.seeds, args.steps, args.episodes) < 1:
-        parser.error("--seeds, --steps and --episodes must be 1 or more")
+        if args.preset in gr2.PRESETS and name.startswith("future"):
+            parser.error(f"column {name!r} is for GR-1: GR-2 foresees its next timestep")
+    if not 1 <= args.seeds <= max(STUDENT) or min(args.steps, args.episodes) < 1:
+        parser.error(f"--seeds must be 1 to {max(STUDENT)}, --steps and --episodes 1 or more")
     args.part, args.parts = parse_part(parser, args.shard)
     return args
 
@@ -101,7 +106,7 @@ def do(args, column, row, seed):
     if (out / "eval/report.json").exists():
         return
     own = ROWS[row] or ["--init", args.init, "--fresh", "none"]
-    if args.preset.startswith("gr2"):                    # all rows read the same codes
+    if args.preset in gr2.PRESETS:                       # all rows read the same codes
         own = [*own, "--tokenizer", tokenizer_of(args.init)]
     data = demonstrations(args, scenes)
     run(HERE / "train.py", "--preset", args.preset, "--data", data, "--seed", seed, "--steps", args.steps,
@@ -112,17 +117,25 @@ def do(args, column, row, seed):
 
 # ------------------------------------------------------------------------------------------------ report
 def cell(args, column, row):
-    """Success of each training that is there [share, mean over tasks], by seed."""
-    paths = [folder(args, column, row, seed) / "eval/report.json" for seed in range(args.seeds)]
-    tables = [read_json(path, "delete it, and judge again")["tasks"] for path in paths if path.exists()]
-    return [float(np.mean([task["rate"] for task in table.values()])) for table in tables]
+    """{seed: success [share, mean over tasks]} of the trainings that are there."""
+    paths = {seed: folder(args, column, row, seed) / "eval/report.json" for seed in range(args.seeds)}
+    tables = {seed: read_json(path, "delete it, and judge again")["tasks"] for seed, path in paths.items()
+              if path.exists()}
+    return {seed: float(np.mean([task["rate"] for task in table.values()])) for seed, table in tables.items()}
 
 
 def interval(values):
     """Mean, and the half of its 95% interval over trainings (Student's t); NaN for fewer than two."""
     n = len(values)
-    half = STUDENT.get(n, 1.96) * np.std(values, ddof=1) / math.sqrt(n) if n > 1 else math.nan
+    half = STUDENT[n] * np.std(values, ddof=1) / math.sqrt(n) if n > 1 else math.nan
     return (float(np.mean(values)) if n else math.nan), float(half)
+
+
+def said_as(values):
+    """Shares of trainings as words: mean ± half of the interval, in percent, and how many."""
+    mean, half = interval(values)
+    spread = "" if math.isnan(half) else f" ± {100 * half:.1f}"
+    return f"{100 * mean:.1f}{spread} (n {len(values)})" if values else "-"
 
 
 def report(args, said):
@@ -134,12 +147,14 @@ def report(args, said):
     for row in args.rows:
         words = []
         for column, cells in table.items():
-            mean, half = interval(cells[row])
             paper = (COLUMNS[column][2] or (None,) * 3)[list(ROWS).index(row)]
-            spread = "" if math.isnan(half) else f" ± {100 * half:.1f}"
-            words.append(f"{100 * mean:.1f}{spread} (n {len(cells[row])})" if cells[row] else "-")
-            words[-1] += f" [{paper:.2f}]" if paper else ""
+            words.append(said_as(list(cells[row].values())) + (f" [{paper:.2f}]" if paper else ""))
         lines.append(f"| {row} | " + " | ".join(words) + " |")
+    *others, last = args.rows
+    for row in others:                                   # seed by seed: both had the same demonstrations
+        gains = ([cells[last][seed] - cells[row][seed] for seed in cells[last] if seed in cells[row]]
+                 for cells in table.values())
+        lines.append(f"| gain of *{last}* over *{row}* | " + " | ".join(map(said_as, gains)) + " |")
     lines += ["", *(f"- {name}: {value}" for name, value in said.items())]
     write_whole(pathlib.Path(args.out, "report.md"), ("\n".join(lines) + "\n").encode())
     content = json.dumps(dict(settings=said, table=table), indent=1)
@@ -160,7 +175,8 @@ def chart(table, path, width=150, height=220):
     for i, (column, cells) in enumerate(table.items()):
         left, bar = 50 + i * (width + 20), width // len(cells)
         pen.text((left + width / 2, height + 28), column, INK, SMALL, anchor="mt")
-        for j, (row, values) in enumerate(cells.items()):
+        for j, (row, by_seed) in enumerate(cells.items()):
+            values = list(by_seed.values())
             x, (mean, half) = left + j * bar, interval(values)
             if not values:
                 continue
@@ -181,7 +197,7 @@ def chart(table, path, width=150, height=220):
 
 def settings(args):
     """What all parts must have in common."""
-    return {"checkpoint": args.init, "preset": args.preset, "steps": args.steps,
+    return {"checkpoint": args.init, "which is": fingerprint(args.init), "preset": args.preset, "steps": args.steps,
             "episodes a task": args.episodes, "tasks": args.tasks or "all",
             "data": args.data or "the tabletop's", "more": " ".join(args.flags)}
 

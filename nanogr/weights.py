@@ -6,8 +6,10 @@ In order: any weights file, ours, the authors'. Every mistake is a UserError tha
 """
 import collections
 import dataclasses
+import hashlib
 import json
 import os
+import pathlib
 import pickle
 import re
 import struct
@@ -122,6 +124,22 @@ def save_checkpoint(path, model, **info):
     config = json.dumps({"model": dataclasses.asdict(model.config), **info}, indent=1)
     write_whole(os.path.join(path, "model.safetensors"), lambda file: save_file(state, file))
     write_whole(os.path.join(path, "config.json"), config.encode())
+
+
+def fingerprint(checkpoint):
+    """What tells a checkpoint of train.py's or a file of the authors' from any other."""
+    path = pathlib.Path(checkpoint)
+    step = read_config(checkpoint).get("step")
+    content = digest(path / "model.safetensors" if path.is_dir() else path)
+    return f"{'' if step is None else f'step {step}, '}{content}"
+
+
+def digest(path):
+    content, path = hashlib.sha256(), path / "tokenizer.safetensors" if path.is_dir() else path
+    with open(path, "rb") as file:
+        while part := file.read(1 << 24):
+            content.update(part)
+    return f"sha256 {content.hexdigest()[:16]}"
 
 
 def load(model, state, path, fresh=(), may_miss=()):

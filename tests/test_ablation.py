@@ -1,6 +1,7 @@
 """nanogr/ablation.py: rows that differ in what they say, a table of what is there."""
 import json
 import math
+import types
 
 import pytest
 from PIL import Image
@@ -33,10 +34,27 @@ def test_three_rows(tabletop_data, checkpoints, tmp_path, monkeypatch):
     assert [row["model"]["video"] for row in rows] == [False, True, True]
     assert [row["train"]["init"] for row in rows] == ["none", "none", str(checkpoints / "pretrain")]
     report = (tmp_path / "out/report.md").read_text()
-    assert report.count("(n 1) [") == 3 and "[2.00]" in report and "- steps: 2" in report, report
+    assert report.count("(n 1) [") == 3 and report.count("gain of *video + pre-training* over") == 2
+    assert "[2.00]" in report and "- steps: 2" in report, report
     table = json.loads((tmp_path / "out/report.json").read_text())["table"]["10%"]
     assert {row: len(values) for row, values in table.items()} == dict.fromkeys(ablation.ROWS, 1)
     assert Image.open(tmp_path / "out/chart.png").width > 200
     command[command.index(2)] = 3
     assert fails_in_one_line(*command, *sizes, words=["steps 2, now 3"])
     assert fails_in_one_line(*command[:5], "--columns", "20%", words=["there is no '20%'"])
+    assert fails_in_one_line(*command[:5], "--preset", "gr2-tiny", "--columns", "future 1", words=["for GR-1"])
+
+
+def test_gains_are_seed_by_seed(tmp_path):
+    """Catches a gain between trainings of different seeds, and a mean over episodes, not tasks."""
+    args = types.SimpleNamespace(out=tmp_path, seeds=3, rows=["neither", "video"], columns=["all"])
+    for row, rates in dict(neither={0: (0.0, 0.2), 2: (0.4, 0.4)}, video={1: (1, 1), 2: (0.5, 0.7)}).items():
+        for seed, (a, b) in rates.items():
+            tasks = dict(push=dict(rate=a, n=1), lift=dict(rate=b, n=9))
+            path = ablation.folder(args, "all", row, seed) / "eval/report.json"
+            path.parent.mkdir(parents=True)
+            path.write_text(json.dumps(dict(tasks=tasks)))
+    ablation.report(args, {})
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    assert "| video | 80.0 ± 254.2 (n 2) [3.82] |" in lines                    # 12.71 * 0.2
+    assert "| gain of *video* over *neither* | 20.0 (n 1) |" in lines, lines
