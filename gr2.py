@@ -39,7 +39,7 @@ from nanogr.tokenizer import VQGAN, TinyTokenizer, open_tokenizer, same_tokenize
 # ----------------------------------------------------------------------------------- config and tokens
 @dataclass
 class GR2Config:
-    """Sizes and switches. The defaults are the paper's model of 95 M trained parameters (230 M in all)."""
+    """Sizes and switches. The defaults are our fit to the paper's 95 M trained parameters (docs/gr2.md)."""
     preset: str = "gr2-b"
     cameras: dict = field(default_factory=lambda: {"rgb_static": 224, "rgb_gripper": 224})  # -> side fed in
     robot: bool = True             # robot state in, [ACT] out; False for video without a robot

@@ -197,8 +197,8 @@ def chart(table, path, width=150, height=220):
 
 def settings(args):
     """What all parts must have in common."""
-    return {"checkpoint": args.init, "which is": fingerprint(args.init), "preset": args.preset, "steps": args.steps,
-            "episodes a task": args.episodes, "tasks": args.tasks or "all",
+    return {"checkpoint": args.init, "which is": fingerprint(args.init), "preset": args.preset,
+            "steps": args.steps, "episodes a task": args.episodes, "tasks": args.tasks or "all",
             "data": args.data or "the tabletop's", "more": " ".join(args.flags)}
 
 

@@ -42,7 +42,8 @@ def test_three_rows(tabletop_data, checkpoints, tmp_path, monkeypatch):
     command[command.index(2)] = 3
     assert fails_in_one_line(*command, *sizes, words=["steps 2, now 3"])
     assert fails_in_one_line(*command[:5], "--columns", "20%", words=["there is no '20%'"])
-    assert fails_in_one_line(*command[:5], "--preset", "gr2-tiny", "--columns", "future 1", words=["for GR-1"])
+    assert fails_in_one_line(*command[:5], "--columns", "future 1", "--preset", "gr2-tiny",
+                             words=["for GR-1"])
 
 
 def test_gains_are_seed_by_seed(tmp_path):
