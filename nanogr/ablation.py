@@ -12,7 +12,8 @@ Each is judged by single instructions in scene D, from the same states. All of C
 whatever the preset's --fresh is. Nothing else differs between rows.
 
 It runs train.py and eval_calvin.py; flags after `--` go to train.py. Into --out (default out/ablation) it
-writes a folder for each training, report.md, report.json and chart.png. A killed run goes on where it was.
+writes a folder for each training, report.md, report.json and chart.png. A killed run goes on where it was;
+elsewhere it goes on with settings.json and report.json alone, whose cells are not trained again.
 """
 import json
 import math
@@ -103,7 +104,7 @@ def run(*command):
 def do(args, column, row, seed):
     """Train and judge one model, or what is left of that."""
     out, (flags, scenes, _) = folder(args, column, row, seed), COLUMNS[column]
-    if (out / "eval/report.json").exists():
+    if seed in cell(args, column, row):
         return
     own = ROWS[row] or ["--init", args.init, "--fresh", "none"]
     if args.preset in gr2.PRESETS:                       # all rows read the same codes
@@ -117,11 +118,14 @@ def do(args, column, row, seed):
 
 # ------------------------------------------------------------------------------------------------ report
 def cell(args, column, row):
-    """{seed: success [share, mean over tasks]} of the trainings that are there."""
-    paths = {seed: folder(args, column, row, seed) / "eval/report.json" for seed in range(args.seeds)}
-    tables = {seed: read_json(path, "delete it, and judge again")["tasks"] for seed, path in paths.items()
-              if path.exists()}
-    return {seed: float(np.mean([task["rate"] for task in table.values()])) for seed, table in tables.items()}
+    """{seed: success [share, mean over tasks]} of the trainings that are there, or in an earlier report."""
+    done = {int(seed): share for seed, share in args.earlier.get(column, {}).get(row, {}).items()}
+    for seed in range(args.seeds):
+        path = folder(args, column, row, seed) / "eval/report.json"
+        if path.exists():
+            tasks = read_json(path, "delete it, and judge again")["tasks"].values()
+            done[seed] = float(np.mean([task["rate"] for task in tasks]))
+    return dict(sorted(done.items()))
 
 
 def interval(values):
@@ -139,18 +143,20 @@ def said_as(values):
 
 
 def report(args, said):
-    table = {column: {row: cell(args, column, row) for row in args.rows} for column in args.columns}
+    columns = [column for column in COLUMNS if column in {*args.columns, *args.earlier}]
+    rows = [row for row in ROWS if row in {*args.rows, *sum(map(list, args.earlier.values()), [])}]
+    table = {column: {row: cell(args, column, row) for row in rows} for column in columns}
     lines = ["# What video gives the robot, in the tabletop", "",
              "Single instructions, % done: mean of the trainings, 95% interval over them. In brackets the "
              "paper's average length in CALVIN.", "",
-             "| | " + " | ".join(args.columns) + " |", "|---" * (len(table) + 1) + "|"]
-    for row in args.rows:
+             "| | " + " | ".join(columns) + " |", "|---" * (len(table) + 1) + "|"]
+    for row in rows:
         words = []
         for column, cells in table.items():
             paper = (COLUMNS[column][2] or (None,) * 3)[list(ROWS).index(row)]
             words.append(said_as(list(cells[row].values())) + (f" [{paper:.2f}]" if paper else ""))
         lines.append(f"| {row} | " + " | ".join(words) + " |")
-    *others, last = args.rows
+    *others, last = rows
     for row in others:                                   # seed by seed: both had the same demonstrations
         gains = ([cells[last][seed] - cells[row][seed] for seed in cells[last] if seed in cells[row]]
                  for cells in table.values())
@@ -211,6 +217,8 @@ def main():
         check_same(before, said, args.out, ": give the same, or another --out")
     else:
         write_whole(begun, json.dumps(said, indent=1).encode())
+    last = begun.with_name("report.json")
+    args.earlier = read_json(last, "delete it")["table"] if last.exists() else {}
     for job in () if args.report else jobs(args)[args.part - 1::args.parts]:
         print(f"ablation: {', '.join(map(str, job))}", flush=True)
         do(args, *job)

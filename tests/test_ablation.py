@@ -1,6 +1,7 @@
 """nanogr/ablation.py: rows that differ in what they say, a table of what is there."""
 import json
 import math
+import shutil
 import types
 
 import pytest
@@ -39,6 +40,11 @@ def test_three_rows(tabletop_data, checkpoints, tmp_path, monkeypatch):
     table = json.loads((tmp_path / "out/report.json").read_text())["table"]["10%"]
     assert {row: len(values) for row, values in table.items()} == dict.fromkeys(ablation.ROWS, 1)
     assert Image.open(tmp_path / "out/chart.png").width > 200
+    for path in tmp_path.glob("out/*/eval"):             # what is in the report is not trained again
+        shutil.rmtree(path.parent)
+    status, text = run(*command, *sizes)
+    assert status == 0 and (tmp_path / "out/report.md").read_text() == report, text
+    assert not list(tmp_path.glob("out/*/eval"))
     command[command.index(2)] = 3
     assert fails_in_one_line(*command, *sizes, words=["steps 2, now 3"])
     assert fails_in_one_line(*command[:5], "--columns", "20%", words=["there is no '20%'"])
@@ -48,7 +54,8 @@ def test_three_rows(tabletop_data, checkpoints, tmp_path, monkeypatch):
 
 def test_gains_are_seed_by_seed(tmp_path):
     """Catches a gain between trainings of different seeds, and a mean over episodes, not tasks."""
-    args = types.SimpleNamespace(out=tmp_path, seeds=3, rows=["neither", "video"], columns=["all"])
+    args = types.SimpleNamespace(out=tmp_path, seeds=3, rows=["neither", "video"], columns=["all"],
+                                 earlier={"10%": {"neither": {"1": 0.125}}})
     for row, rates in dict(neither={0: (0.0, 0.2), 2: (0.4, 0.4)}, video={1: (1, 1), 2: (0.5, 0.7)}).items():
         for seed, (a, b) in rates.items():
             tasks = dict(push=dict(rate=a, n=1), lift=dict(rate=b, n=9))
@@ -57,5 +64,6 @@ def test_gains_are_seed_by_seed(tmp_path):
             path.write_text(json.dumps(dict(tasks=tasks)))
     ablation.report(args, {})
     lines = (tmp_path / "report.md").read_text().splitlines()
-    assert "| video | 80.0 ± 254.2 (n 2) [3.82] |" in lines                    # 12.71 * 0.2
-    assert "| gain of *video* over *neither* | 20.0 (n 1) |" in lines, lines
+    assert {"| | 10% | all |", "| neither | 12.5 (n 1) [1.04] | 25.0 ± 190.7 (n 2) [3.33] |"} <= {*lines}
+    assert "| video | - [1.52] | 80.0 ± 254.2 (n 2) [3.82] |" in lines         # 12.71 * 0.2
+    assert "| gain of *video* over *neither* | - | 20.0 (n 1) |" in lines, lines
