@@ -13,7 +13,7 @@ whatever the preset's --fresh is. Nothing else differs between rows.
 
 It runs train.py and eval_calvin.py; flags after `--` go to train.py. Into --out (default out/ablation) it
 writes a folder for each training, report.md, report.json and chart.png. A killed run goes on where it was;
-elsewhere it goes on with settings.json and report.json alone, whose cells are not trained again.
+elsewhere it goes on with report.json alone, whose cells are not trained again.
 """
 import json
 import math
@@ -142,6 +142,11 @@ def said_as(values):
     return f"{100 * mean:.1f}{spread} (n {len(values)})" if values else "-"
 
 
+def as_json(said, table):
+    """What report.json holds: the settings of all parts, and {column: {row: {seed: success}}}."""
+    return json.dumps(dict(settings=said, table=table), indent=1).encode()
+
+
 def report(args, said):
     columns = [column for column in COLUMNS if column in {*args.columns, *args.earlier}]
     rows = [row for row in ROWS if row in {*args.rows, *sum(map(list, args.earlier.values()), [])}]
@@ -163,8 +168,7 @@ def report(args, said):
         lines.append(f"| gain of *{last}* over *{row}* | " + " | ".join(map(said_as, gains)) + " |")
     lines += ["", *(f"- {name}: {value}" for name, value in said.items())]
     write_whole(pathlib.Path(args.out, "report.md"), ("\n".join(lines) + "\n").encode())
-    content = json.dumps(dict(settings=said, table=table), indent=1)
-    write_whole(pathlib.Path(args.out, "report.json"), content.encode())
+    write_whole(pathlib.Path(args.out, "report.json"), as_json(said, table))
     chart(table, pathlib.Path(args.out, "chart.png"))
     print("\n".join(lines))
 
@@ -210,15 +214,13 @@ def settings(args):
 
 def main():
     args = parse()
-    said, begun = settings(args), pathlib.Path(args.out, "settings.json")
-    begun.parent.mkdir(parents=True, exist_ok=True)
-    if begun.exists():
-        before = read_json(begun, "choose another --out")
-        check_same(before, said, args.out, ": give the same, or another --out")
-    else:
-        write_whole(begun, json.dumps(said, indent=1).encode())
-    last = begun.with_name("report.json")
-    args.earlier = read_json(last, "delete it")["table"] if last.exists() else {}
+    said, begun = settings(args), pathlib.Path(args.out, "report.json")
+    if not begun.exists():                               # for the other parts, and for a later start
+        begun.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(begun, as_json(said, {}))
+    before = read_json(begun, "delete it, or choose another --out")
+    check_same(before["settings"], said, args.out, ": give the same, or another --out")
+    args.earlier = before["table"]
     for job in () if args.report else jobs(args)[args.part - 1::args.parts]:
         print(f"ablation: {', '.join(map(str, job))}", flush=True)
         do(args, *job)
