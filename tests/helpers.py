@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import model as gr1
 from nanogr import clips, common, encoders, tokenizer
@@ -137,6 +139,20 @@ class Reduced:
 
     def __reduce__(self):
         return self.reduced
+
+
+class Waits(TorchDispatchMode):
+    """Lists what makes the host wait for the device: copies between them, values and shapes that it reads."""
+    def __enter__(self):
+        self.found = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        devices = {x.device.type for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)}
+        if len(devices) > 1 or any(x in str(operation) for x in ("local_scalar", "nonzero", "masked_select")):
+            self.found.append(str(operation))
+        return out
 
 
 class Recorded(nn.Module):

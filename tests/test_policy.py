@@ -5,14 +5,12 @@ import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import gr2
 import model as gr1
 from nanogr import policy
 from nanogr.encoders import build_encoders
-from tests.helpers import CAMERAS, refused, same, small_config, small_model
+from tests.helpers import CAMERAS, Waits, refused, same, small_config, small_model
 
 
 def test_foresight_is_judged_and_drawn():
@@ -130,16 +128,6 @@ def test_replays_equal_calls_on_a_gpu(cast):
             torch.cuda.empty_cache()
 
 
-class Waits(TorchDispatchMode):
-    """Lists what makes the host wait for the device: copies between them, values and shapes that it reads."""
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        out = operation(*args, **(kwargs or {}))
-        devices = {x.device.type for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)}
-        if len(devices) > 1 or any(x in str(operation) for x in ("local_scalar", "nonzero", "masked_select")):
-            self.found.append(str(operation))
-        return out
-
-
 @pytest.mark.parametrize("kind, preset", [(gr1, "tiny"), (gr2, "gr2-tiny")])
 def test_a_step_never_waits_for_the_device(kind, preset):
     """What waits can't be recorded as a CUDA graph. Catches a constant sent anew, a value that is read."""
@@ -152,9 +140,7 @@ def test_a_step_never_waits_for_the_device(kind, preset):
             model = gr2.GR2(config, *gr2.build_encoders(config, "none", text)).eval()
         frames = [torch.zeros(2, 3, side + 8, side + 8).byte() for side in config.cameras.values()]
         for time in range(2):                            # what a first call makes is kept
-            watch = Waits()
-            watch.found = []
-            with watch:
+            with Waits() as watch:
                 images, states = policy.look(model, torch.zeros(2, 15), *frames)
                 windows = (x[:, None].repeat_interleave(config.window, 1) for x in (images, states))
                 arm, _ = policy.act(model, torch.zeros(2, config.width), *windows)

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 import torch
 
+import gr2
 import model as gr1
 import train
-from nanogr import clips, common, weights
+from nanogr import clips, common, encoders, weights
 from nanogr.worlds import tabletop
-from tests.helpers import ROOT, SIZES, fails_in_one_line, read_log, refused, run, same, training
+from tests.helpers import ROOT, SIZES, Waits, fails_in_one_line, read_log, refused, run, same, training
 
 
 def test_shift_is_one_for_a_window():
@@ -45,6 +46,40 @@ def test_targets_are_counted_where_they_are_asked_for():
         assert train.count_targets(batch).tolist() == [float(count) for count in counts]
     del batch["action_mask"]                                                  # pre-training
     assert train.count_targets(batch).tolist() == [0, batch["future_mask"][:, 1].sum()]
+
+
+@pytest.mark.parametrize("preset", ["gr1", "tiny", "gr2-tiny"])
+def test_a_step_never_waits_for_the_device(preset, monkeypatch):
+    """Catches a value that is read, a shape that hangs on one, a copy: a GPU then idles until it is done."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())     # "meta" has none
+    kind = train.family(preset)
+    config, text, B, S, T = kind.preset_config(preset, window=3), torch.nn.Identity(), 2, 40, 3
+    gr1.imagenet.cache_clear()
+    with torch.device("meta"):                           # a device without values: shapes alone
+        made = (gr2.build_encoders(config, "none", text) if kind is gr2 else
+                encoders.build_encoders(config, "none", text))
+        model = (gr2.GR2 if kind is gr2 else gr1.GR1)(config, *made)
+        known, actions = torch.ones(B, T).bool(), torch.zeros(B, T, config.chunk, 7)
+        batch = dict(sentences=torch.zeros(B, config.text_dim), robot_obs=torch.zeros(B, T, 15), mask=known,
+                     future_mask=known, video_at=torch.arange(T), rel_actions=actions,
+                     action_mask=actions[..., 0] == 0)
+        if kind is gr2:
+            cells = {camera: (side // config.cell) ** 2 for camera, side in config.cameras.items()}
+            batch |= dict(codes={camera: torch.zeros(B, T + 1, P).byte() for camera, P in cells.items()},
+                          noise=torch.zeros(B, T, config.latent))
+        else:
+            frames = torch.zeros(B, T + config.future, 3, S, S).byte()
+            batch |= dict(frames=dict.fromkeys(config.cameras, frames),
+                          shifts=dict.fromkeys(config.cameras, torch.zeros(B, 2).long()))
+        for time in range(2):                            # what a first step makes is kept
+            with Waits() as watch:
+                seen = train.take_in(batch, model)
+                named = kind.losses(train.predict(model, config, batch, seen), batch, seen, config,
+                                    train.count_targets(batch))
+                train.weighted(named, train.TrainConfig()).backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1)
+        assert not watch.found
+    gr1.imagenet.cache_clear()
 
 
 def test_another_colour_in_the_sentence(tabletop_data):
