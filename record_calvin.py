@@ -50,25 +50,41 @@ def start_play(world, seed):
 
 REST = 6                       # steps between two tasks: the arm arrives where its last command was
 
+FREE = (-0.25, -0.25, 0.52), (0.25, -0.05, 0.68)         # a box where nothing is in the arm's way [m]
+
 Demo = namedtuple("Demo", "task done steps")
-Step = namedtuple("Step", "pose observation action")           # pose: of all joints and bodies, see `pose_of`
+# pose: of all joints and bodies, see `pose_of`; meant: what the expert would have done, see `demonstrate`
+Step = namedtuple("Step", "pose observation action meant")
 
 
-def demonstrate(world, expert, task, rng, noise=0, remember=lambda world: None, longest=calvin.STEPS):
-    """Let the expert do the task: -> Demo, whose steps go one to three beyond the success. `noise`: standard
-    deviation added to its fast motions, which it makes up for: so it is seen to come from many places."""
+def demonstrate(world, expert, task, rng, noise=0, drags=0, remember=lambda world: None,
+                longest=calvin.STEPS):
+    """Let the expert do the task: -> Demo, whose steps go one to three beyond the success.
+
+    noise: standard deviation added to its fast motions. drags: chance, at each of them, that something drags
+    the arm to a random place of FREE for 5 to 15 steps, once. It makes up for both: so it is seen to come
+    from many places, and what it does next does not follow from what it did last.
+    """
     start, steps, done, left = world.get_info(), [], False, int(rng.integers(1, 4))
-    observation = world.observe()
+    observation, dragged = world.observe(), 0
     for action in expert.perform(task):
         if len(steps) == longest or (done and left == 0):
             break
         left -= done
-        if noise and np.abs(action[:3]).max() > expert.slow:
+        meant = np.append(np.clip(action[:6], -1, 1), action[6])
+        fast = np.abs(action[:3]).max() > expert.slow
+        if drags and fast and rng.random() < drags:
+            drags, dragged, away = 0, int(rng.integers(5, 16)), rng.uniform(*FREE)
+        if dragged:
+            dragged, way = dragged - 1, (away - expert.robot.target_pos) / 0.02
+            action[:3], action[3:6] = way / max(1, np.abs(way).max()), 0
+        elif noise and fast:
             action[:3] = np.clip(action[:3] + rng.normal(0, noise, 3), -1, 1)
-        steps.append(Step(remember(world), observation, np.append(np.clip(action[:6], -1, 1), action[6])))
+        executed = np.append(np.clip(action[:6], -1, 1), action[6])
+        steps.append(Step(remember(world), observation, executed, meant))
         observation = world.step(action)
         done = done or calvin.success(task, start, world.get_info())
-    steps.append(Step(remember(world), observation, np.full(7, np.nan)))
+    steps.append(Step(remember(world), observation, *np.full((2, 7), np.nan)))
     return Demo(task, done, steps)
 
 
@@ -98,12 +114,12 @@ def play(world, seed, counts, n_tasks=8, asked=calvin.NAMES, **options):
             world.step(action)
 
 
-def measure(scene, seed, n):
+def measure(scene, seed, n, drags):
     """Play `n` demonstrations in a scene, physics alone: -> {task: [steps, or None where it failed]}."""
     quiet()
     world, counts, tried, session = calvin.Calvin(scene, None), Counter(), {}, 0
     while sum(counts.values()) < n:
-        for demo in play(world, seed + session, counts):
+        for demo in play(world, seed + session, counts, drags=drags):
             tried.setdefault(demo.task, []).append(len(demo.steps) - 1 if demo.done else None)
         session += 1
     return tried
@@ -165,7 +181,7 @@ def search(index, scene, args):
     wanted, seed = Counter(args.tasks * args.each), seed_of(args, index)
     for session in range(SESSIONS):
         asked = list(+wanted)
-        for demo in play(world, seed + session, counts, args.play, asked, remember=pose_of):
+        for demo in play(world, seed + session, counts, args.play, asked, drags=args.drags, remember=pose_of):
             tried.setdefault(demo.task, []).append(len(demo.steps) - 1 if demo.done else None)
             if demo.done and wanted[demo.task] > 0:
                 wanted[demo.task] -= 1
@@ -201,13 +217,13 @@ def smaller(picture, size):
 
 
 def rows_of(demo):
-    """A Demo's rows: robot_obs (L, 15), scene_obs (L, 24), executed (L, 7), achieved (L, 7). The last frame
-    shows what the last action led to: its own actions are NaN."""
+    """A Demo's rows: robot_obs (L, 15), scene_obs (L, 24), and executed, achieved, meant (L, 7). The last
+    frame shows what the last action led to: its own actions are NaN."""
     robot, scene = (np.stack([step.observation[key] for step in demo.steps])
                     for key in ("robot_obs", "scene_obs"))
-    executed = np.stack([step.action for step in demo.steps])
+    executed, meant = (np.stack([getattr(step, key) for step in demo.steps]) for key in ("action", "meant"))
     moved = [achieved(*row) for row in zip(robot, robot[1:], executed[:-1, 6])]
-    return robot, scene, executed, np.stack([*moved, executed[-1]])
+    return robot, scene, executed, np.stack([*moved, executed[-1]]), meant
 
 
 class ClipWriter:
@@ -217,8 +233,8 @@ class ClipWriter:
         self.shard = clips.ShardWriter(args.out, index, ["rgb_static", "rgb_gripper"])
         self.args, self.first = args, index * SESSIONS
 
-    def add(self, session, task, sentence, frames, robot_obs, scene_obs, executed, achieved):
-        rows = executed if self.args.actions == "executed" else achieved
+    def add(self, session, task, sentence, frames, robot_obs, scene_obs, executed, achieved, meant):
+        rows = dict(executed=executed, achieved=achieved, meant=meant)[self.args.actions]
         self.shard.add(frames=frames, sentence=sentence, task=task, episode=self.first + session,
                        robot_obs=robot_obs.astype(np.float32), rel_actions=rows.astype(np.float32))
 
@@ -243,7 +259,7 @@ class CalvinWriter:
         self.note = self.out / "segments" / f"{index:05d}.json"
         self.note.parent.mkdir(parents=True, exist_ok=True)
 
-    def add(self, session, task, sentence, frames, robot_obs, scene_obs, executed, achieved):
+    def add(self, session, task, sentence, frames, robot_obs, scene_obs, executed, achieved, meant):
         first, n = self.next, len(robot_obs) - 1               # this format has an action for every frame
         rows = dict(robot_obs=robot_obs, scene_obs=scene_obs, rel_actions=achieved, executed_actions=executed,
                     actions=np.concatenate([robot_obs[1:, :6], executed[:-1, 6:]], axis=1), **frames)
@@ -393,7 +409,8 @@ def add_up(results):
 
 
 def measure_all(args):
-    jobs = [(scene, args.seed * 10**9 + part * 10**6, -(-args.demos // args.workers)) for scene in args.scenes
+    each = -(-args.demos // args.workers)
+    jobs = [(scene, args.seed * 10**9 + part * 10**6, each, args.drags) for scene in args.scenes
             for part in range(args.workers)]
     print_success(add_up([(job[0], tried) for job, tried in in_processes([measure], jobs, args.workers)]))
 
@@ -412,8 +429,8 @@ def record_all(args):
     per_shard = args.each * len(args.tasks)
     shards = -(-args.demos // per_shard)
     clips.claim(home(args), format=args.format, split=args.split, actions=args.actions, tasks=args.tasks,
-                each=args.each, play=args.play, sizes=args.sizes, scenes=args.scenes, seed=args.seed,
-                renderer=args.renderer)
+                each=args.each, play=args.play, drags=args.drags, sizes=args.sizes, scenes=args.scenes,
+                seed=args.seed, renderer=args.renderer)
     mine = range(args.part - 1, shards, args.parts)
     todo = [(index, args.scenes[index % len(args.scenes)], args) for index in mine
             if not is_done(args, index)]
@@ -455,8 +472,12 @@ def parse():
     parser.add_argument("--sizes", type=int, nargs=2, default=SIZES, metavar=("STATIC", "GRIPPER"),
                         help="clips: pixels of the pictures' sides, smaller for a laptop (default: CALVIN's, "
                         "200 84)")
-    parser.add_argument("--actions", default="executed", choices=["executed", "achieved"],
-                        help="clips: commands, or CALVIN's convention (default: executed)")
+    parser.add_argument("--drags", type=float, default=0.0, metavar="P",
+                        help="clips: chance, at each fast step, that something drags the arm aside, once a "
+                        "demonstration (default: 0; try 0.03)")
+    parser.add_argument("--actions", default="meant", choices=["meant", "executed", "achieved"],
+                        help="clips: what the expert meant to do, what it did for noise and drags, or what "
+                        "the arm achieved, CALVIN's convention (default: meant)")
     parser.add_argument("--split", default="training", choices=["training", "validation"],
                         help="validation: states that training has not (default: training)")
     parser.add_argument("--renderer", default="egl", choices=["egl", "tiny"])
@@ -478,6 +499,10 @@ def parse():
     never = [task for task in args.tasks if not calvin.conditions_for(task)]
     if args.play == 1 and never and not args.measure:
         parser.error(f"--play 1: {never[0]} can't be the first thing done, it starts where another task ends")
+    if not 0 <= args.drags < 1:
+        parser.error(f"--drags is a chance, from 0 to below 1, got {args.drags}")
+    if args.drags and (args.format == "calvin" or args.actions != "meant"):
+        parser.error("--drags is for clips with --actions meant: it would be recorded as if it were meant")
     if min(args.sizes) < 1 or (args.format == "calvin" and args.sizes != SIZES):
         parser.error("--sizes must be 1 or more; CALVIN's files have CALVIN's own, 200 84")
     if args.format == "calvin" and args.each * len(args.tasks) * (calvin.STEPS + 4) > CalvinWriter.FRAMES:

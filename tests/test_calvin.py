@@ -8,8 +8,9 @@ import sys
 import numpy as np
 import pytest
 
+import record_calvin
 from nanogr import clips, common
-from nanogr.worlds import calvin
+from nanogr.worlds import calvin, expert
 from tests.helpers import CALVIN_TASKS, ROOT, fails_in_one_line, run, run_apart
 
 
@@ -196,6 +197,19 @@ def test_the_expert_and_idleness_in_the_simulator(tmp_path):
                        "--episodes", 1, "--tasks", "turn_on_led,open_drawer", "--workers", 1,
                        "--out", tmp_path / "single")
     assert status == 0 and "PARTIAL" not in text and "mean over 2 tasks** | **100.0%**" in text, text
+
+
+@SIMULATOR
+def test_a_dragged_arm_finds_its_way(world):
+    """Catches drags that are recorded as if they were meant, that never end, or that nothing makes up for."""
+    rng, (robot, scene) = np.random.default_rng(0), calvin.draw_start("D", "open_drawer", 0)
+    world.reset(robot, scene)
+    demo = record_calvin.demonstrate(world, expert.Expert(world, rng), "open_drawer", rng, drags=0.2)
+    assert demo.done
+    *_, executed, _, meant = record_calvin.rows_of(demo)
+    apart = np.flatnonzero((executed != meant)[:-1].any(1))
+    assert 5 <= len(apart) <= 15 and apart[-1] - apart[0] == len(apart) - 1
+    assert np.abs(executed[apart, :3]).max() <= 1 and not executed[apart, 3:6].any()
 
 
 @SIMULATOR
