@@ -141,8 +141,8 @@ class TinyVision(nn.Module):
     def forward(self, images):
         cells = F.gelu(self.stem(images))
         maps, cells = self.maps(cells).flatten(2), cells.flatten(2)               # (N, ., H * W)
-        heat = (maps - maps.mean(-1, keepdim=True)) / (maps.std(-1, keepdim=True) + 1e-3)  # none saturates
-        heat = (3 * heat).softmax(-1)                    # 3: even a random map's peak outweighs its 256 cells
+        # of equal spread, so that none saturates; 3: even a random map's peak outweighs its 256 cells
+        heat = (3 * F.layer_norm(maps, maps.shape[-1:])).softmax(-1)
         side = math.isqrt(heat.shape[-1])
         line = torch.linspace(-side / 4, side / 4, side, device=heat.device)      # [8 px from the middle]
         grid = torch.stack([line.repeat(side), line.repeat_interleave(side)], 1)           # column, row
