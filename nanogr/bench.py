@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from gr2 import GR2
+from gr2 import PRESETS as GR2_PRESETS
 from model import GR1, PRESETS, ModelError, losses, preset_config, to_pixels
 from nanogr import clips, weights
 from nanogr.common import Parser, cores, run_script
@@ -75,7 +76,7 @@ def settings(argv, world):
     config, changes, _ = train.parse(argv)
     if not config.preset.endswith("tiny") and not any(word.split("=")[0] == "--batch" for word in argv):
         parts = world.size * config.accumulate * config.windows_per_clip
-        each = 32 if world.device.type == "cuda" else 1 if config.preset.startswith("gr2") else 2
+        each = 32 if world.device.type == "cuda" else 1 if config.preset in GR2_PRESETS else 2
         config.batch = parts * max(1, each * world.size // parts)
         world.print(f"batch: {config.batch} windows to measure with (--batch N chooses)")
     train.check_batch(config, world)
