@@ -50,39 +50,41 @@ def start_play(world, seed):
 
 REST = 6                       # steps between two tasks: the arm arrives where its last command was
 
-FREE = (-0.25, -0.25, 0.52), (0.25, -0.05, 0.68)         # a box where nothing is in the arm's way [m]
+FREE = (-0.25, -0.25, 0.57), (0.25, -0.12, 0.68)         # a box where nothing is in the arm's way [m]
 
 Demo = namedtuple("Demo", "task done steps")
-# pose: of all joints and bodies, see `pose_of`; meant: what the expert would have done, see `demonstrate`
-Step = namedtuple("Step", "pose observation action meant")
+# pose: of all joints and bodies, see `pose_of`; executed: rel_actions, with noise and drags; meant: without
+Step = namedtuple("Step", "pose observation executed meant")
 
 
 def demonstrate(world, expert, task, rng, noise=0, drags=0, remember=lambda world: None,
                 longest=calvin.STEPS):
     """Let the expert do the task: -> Demo, whose steps go one to three beyond the success.
 
-    noise: standard deviation added to its fast motions. drags: chance, at each of them, that something drags
-    the arm to a random place of FREE for 5 to 15 steps, once. It makes up for both: so it is seen to come
-    from many places, and what it does next does not follow from what it did last.
+    noise: standard deviation added to the expert's fast motions. drags: chance, at each of them that starts
+    above the table, that something drags the arm to a random place of FREE for 5 to 15 steps, once. The
+    expert makes up for both: so it is seen to come from many places, and what it means to do next does not
+    follow from what was done last.
     """
     start, steps, done, left = world.get_info(), [], False, int(rng.integers(1, 4))
-    observation, dragged = world.observe(), 0
+    observation, dragged, was_dragged = world.observe(), 0, False
     for action in expert.perform(task):
         if len(steps) == longest or (done and left == 0):
             break
         left -= done
         meant = np.append(np.clip(action[:6], -1, 1), action[6])
+        executed, (_, y, z) = np.array(action, float), expert.robot.target_pos
         fast = np.abs(action[:3]).max() > expert.slow
-        if drags and fast and rng.random() < drags:
-            drags, dragged, away = 0, int(rng.integers(5, 16)), rng.uniform(*FREE)
+        if drags and not was_dragged and fast and y < -0.1 and z > 0.5 and rng.random() < drags:
+            was_dragged, dragged, away = True, int(rng.integers(5, 16)), rng.uniform(*FREE)
         if dragged:
             dragged, way = dragged - 1, (away - expert.robot.target_pos) / 0.02
-            action[:3], action[3:6] = way / max(1, np.abs(way).max()), 0
+            executed[:3], executed[3:6] = way / max(1, np.abs(way).max()), 0
         elif noise and fast:
-            action[:3] = np.clip(action[:3] + rng.normal(0, noise, 3), -1, 1)
-        executed = np.append(np.clip(action[:6], -1, 1), action[6])
-        steps.append(Step(remember(world), observation, executed, meant))
-        observation = world.step(action)
+            executed[:3] = np.clip(executed[:3] + rng.normal(0, noise, 3), -1, 1)
+        steps.append(Step(remember(world), observation,
+                          np.append(np.clip(executed[:6], -1, 1), executed[6]), meant))
+        observation = world.step(executed)
         done = done or calvin.success(task, start, world.get_info())
     steps.append(Step(remember(world), observation, *np.full((2, 7), np.nan)))
     return Demo(task, done, steps)
@@ -221,7 +223,7 @@ def rows_of(demo):
     frame shows what the last action led to: its own actions are NaN."""
     robot, scene = (np.stack([step.observation[key] for step in demo.steps])
                     for key in ("robot_obs", "scene_obs"))
-    executed, meant = (np.stack([getattr(step, key) for step in demo.steps]) for key in ("action", "meant"))
+    executed, meant = (np.stack([getattr(step, key) for step in demo.steps]) for key in ("executed", "meant"))
     moved = [achieved(*row) for row in zip(robot, robot[1:], executed[:-1, 6])]
     return robot, scene, executed, np.stack([*moved, executed[-1]]), meant
 
@@ -428,9 +430,10 @@ def record_all(args):
     """Record the shards of this machine's part that are not there yet, then what joins them."""
     per_shard = args.each * len(args.tasks)
     shards = -(-args.demos // per_shard)
-    clips.claim(home(args), format=args.format, split=args.split, actions=args.actions, tasks=args.tasks,
-                each=args.each, play=args.play, drags=args.drags, sizes=args.sizes, scenes=args.scenes,
-                seed=args.seed, renderer=args.renderer)
+    actions = args.actions if args.format == "clips" else "executed"           # CALVIN's files have both
+    clips.claim(home(args), format=args.format, split=args.split, actions=actions, tasks=args.tasks,
+                each=args.each, play=args.play, sizes=args.sizes, scenes=args.scenes, seed=args.seed,
+                renderer=args.renderer, **dict(drags=args.drags) if args.drags else {})
     mine = range(args.part - 1, shards, args.parts)
     todo = [(index, args.scenes[index % len(args.scenes)], args) for index in mine
             if not is_done(args, index)]
@@ -473,7 +476,7 @@ def parse():
                         help="clips: pixels of the pictures' sides, smaller for a laptop (default: CALVIN's, "
                         "200 84)")
     parser.add_argument("--drags", type=float, default=0.0, metavar="P",
-                        help="clips: chance, at each fast step, that something drags the arm aside, once a "
+                        help="chance, at each fast step, that something drags the arm aside, once a "
                         "demonstration (default: 0; try 0.03)")
     parser.add_argument("--actions", default="meant", choices=["meant", "executed", "achieved"],
                         help="clips: what the expert meant to do, what it did for noise and drags, or what "
@@ -501,8 +504,9 @@ def parse():
         parser.error(f"--play 1: {never[0]} can't be the first thing done, it starts where another task ends")
     if not 0 <= args.drags < 1:
         parser.error(f"--drags is a chance, from 0 to below 1, got {args.drags}")
-    if args.drags and (args.format == "calvin" or args.actions != "meant"):
-        parser.error("--drags is for clips with --actions meant: it would be recorded as if it were meant")
+    if args.drags and not args.measure and (args.format, args.actions) != ("clips", "meant"):
+        parser.error("--drags needs --format clips and --actions meant: else drags would be recorded as the "
+                     "expert's own")
     if min(args.sizes) < 1 or (args.format == "calvin" and args.sizes != SIZES):
         parser.error("--sizes must be 1 or more; CALVIN's files have CALVIN's own, 200 84")
     if args.format == "calvin" and args.each * len(args.tasks) * (calvin.STEPS + 4) > CalvinWriter.FRAMES:

@@ -23,9 +23,8 @@ import torch.nn as nn
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+import gr2
 import train
-from gr2 import GR2
-from gr2 import PRESETS as GR2_PRESETS
 from model import GR1, PRESETS, ModelError, losses, preset_config, to_pixels
 from nanogr import clips, weights
 from nanogr.common import Parser, cores, run_script
@@ -76,7 +75,7 @@ def settings(argv, world):
     config, changes, _ = train.parse(argv)
     if not config.preset.endswith("tiny") and not any(word.split("=")[0] == "--batch" for word in argv):
         parts = world.size * config.accumulate * config.windows_per_clip
-        each = 32 if world.device.type == "cuda" else 1 if config.preset in GR2_PRESETS else 2
+        each = 32 if world.device.type == "cuda" else 1 if config.preset in gr2.PRESETS else 2
         config.batch = parts * max(1, each * world.size // parts)
         world.print(f"batch: {config.batch} windows to measure with (--batch N chooses)")
     train.check_batch(config, world)
@@ -91,13 +90,13 @@ def bench(argv, world, seconds=10):
     with tempfile.TemporaryDirectory() as folder:
         data = synthesise(folder, model.config)
         loader_rates = bench_loader(data, config, model.config, seconds / 5)
-        codes = made_up_codes(data, model) if isinstance(model, GR2) and not config.shift else ""
+        codes = made_up_codes(data, model) if isinstance(model, gr2.GR2) and not config.shift else ""
         windows = train.training_windows(data, np.arange(len(data)), config, model.config, codes, learns=True)
         loader = train.batches(windows, range(10 ** 6), config.accumulate, world, config.workers)
         table, flops = bench_parts(model, loader, config, world, seconds / 2)
         spent, peak = bench_step(model, loader, config, world, seconds)
     report(config, world, table, spent, peak, flops, *loader_rates)
-    if isinstance(model, GR2):
+    if isinstance(model, gr2.GR2):
         bench_gr2(model, world, seconds / 5)
     return config.batch / spent
 
@@ -208,7 +207,7 @@ def bench_parts(model, loader, config, world, seconds):
     learner = train.equip(model, dataclasses.replace(config, compile="off"), alone)
     watch, steps = Stopwatch(world.device), 0
     lap = lambda name: lambda *_: watch.lap(name)
-    hooks = [] if isinstance(model, GR2) else [
+    hooks = [] if isinstance(model, gr2.GR2) else [
         model.vision.register_forward_pre_hook(lap("forward: trunk, heads, losses")),
         model.vision.register_forward_hook(lap("forward: image encoder")),
         model.resampler.register_forward_hook(lap("forward: resampler"))]
@@ -244,7 +243,7 @@ def bench_parts(model, loader, config, world, seconds):
         hook.remove()
     counts = {name: sum(flops.values()) for name, flops in counter.get_flop_counts().items()}
     frozen = sum(counts.get(f"{type(model).__name__}.{name}", 0) for name in model.frozen())
-    assert not model.vision.frozen or isinstance(model, GR2) or counts["GR1.vision"]
+    assert not model.vision.frozen or isinstance(model, gr2.GR2) or counts["GR1.vision"]
     flops = counts["Global"], counts["Global"] - frozen
     return {what: spent / steps for what, spent in watch.spent.items()}, flops
 

@@ -4,6 +4,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -201,15 +202,29 @@ def test_the_expert_and_idleness_in_the_simulator(tmp_path):
 
 @SIMULATOR
 def test_a_dragged_arm_finds_its_way(world):
-    """Catches drags that are recorded as if they were meant, that never end, or that nothing makes up for."""
+    """Catches drags that are recorded as if meant, are not executed, never end, are not made up for."""
     rng, (robot, scene) = np.random.default_rng(0), calvin.draw_start("D", "open_drawer", 0)
     world.reset(robot, scene)
     demo = record_calvin.demonstrate(world, expert.Expert(world, rng), "open_drawer", rng, drags=0.2)
     assert demo.done
-    *_, executed, _, meant = record_calvin.rows_of(demo)
+    seen, _, executed, _, meant = record_calvin.rows_of(demo)
     apart = np.flatnonzero((executed != meant)[:-1].any(1))
     assert 5 <= len(apart) <= 15 and apart[-1] - apart[0] == len(apart) - 1
-    assert np.abs(executed[apart, :3]).max() <= 1 and not executed[apart, 3:6].any()
+    came = seen[apart[-1] + 1, :3] - seen[apart[0], :3]                    # the arm lags behind its commands
+    went, wanted = (0.02 * x[apart, :3].sum(0) for x in (executed, meant))
+    assert np.linalg.norm(came - went) < min(0.05, np.linalg.norm(came - wanted) / 2)
+
+
+def test_a_clip_holds_the_actions_that_were_asked_for(tmp_path):
+    """Catches commands with noise in the place of what the expert meant, or of what the arm achieved."""
+    given = dict(executed=np.zeros((3, 7)), achieved=np.ones((3, 7)), meant=np.full((3, 7), 2))
+    frames = {c: np.zeros((3, 16, 16, 3), np.uint8) for c in ("rgb_static", "rgb_gripper")}
+    for actions, wanted in given.items():
+        args = types.SimpleNamespace(out=tmp_path / actions, actions=actions)
+        with record_calvin.ClipWriter(args, 0, "D") as writer:
+            writer.add(0, "open_drawer", "open it", frames, np.zeros((3, 15)), np.zeros((3, 24)), **given)
+        clips.write_meta(args.out, "test", fps=30, command="")
+        assert np.array_equal(clips.Clips(args.out).rows(0)[1][:-1], wanted[:-1])
 
 
 @SIMULATOR

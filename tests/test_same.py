@@ -1,11 +1,10 @@
 """Training is the same as before the code was moved into rooms: the same losses from the same seed.
 
-tests/fixtures/same_losses.json holds what train.py logged for the two runs below. Until the tabletop's videos
-came to show many people, it held the figures of commit ac992d3, the last with everything in one folder, and
-the code met them; then both runs were made anew, for the clips had changed, and once more when a layer norm
-took over from mean and spread in the tiny preset's keypoints (figures moved by at most 0.13%). Made on a
-CPU, torch 2.14, float32; another number of threads and other vector instructions move the figures by 3e-7 of
-themselves.
+tests/fixtures/same_losses.json holds what train.py logged for the two runs below. The code met the figures of
+commit ac992d3, the last with everything in one folder. Twice both runs were made anew: the tabletop's videos
+came to show many people; a layer norm took over from mean and spread in the tiny preset's keypoints, which
+moved figures by at most 0.13%. Made on a CPU, torch 2.14, float32; another number of threads and other vector
+instructions move the figures by 3e-7 of themselves.
 """
 import json
 
