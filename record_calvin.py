@@ -67,23 +67,22 @@ def demonstrate(world, expert, task, rng, noise=0, drags=0, remember=lambda worl
     follow from what was done last.
     """
     start, steps, done, left = world.get_info(), [], False, int(rng.integers(1, 4))
-    observation, dragged, was_dragged = world.observe(), 0, False
+    observation, dragged = world.observe(), None               # for so many steps more; None: not yet
     for action in expert.perform(task):
         if len(steps) == longest or (done and left == 0):
             break
         left -= done
-        meant = np.append(np.clip(action[:6], -1, 1), action[6])
         executed, (_, y, z) = np.array(action, float), expert.robot.target_pos
         fast = np.abs(action[:3]).max() > expert.slow
-        if drags and not was_dragged and fast and y < -0.1 and z > 0.5 and rng.random() < drags:
-            was_dragged, dragged, away = True, int(rng.integers(5, 16)), rng.uniform(*FREE)
+        if drags and dragged is None and fast and y < -0.1 and z > 0.5 and rng.random() < drags:
+            dragged, away = int(rng.integers(5, 16)), rng.uniform(*FREE)
         if dragged:
             dragged, way = dragged - 1, (away - expert.robot.target_pos) / 0.02
             executed[:3], executed[3:6] = way / max(1, np.abs(way).max()), 0
         elif noise and fast:
             executed[:3] = np.clip(executed[:3] + rng.normal(0, noise, 3), -1, 1)
-        steps.append(Step(remember(world), observation,
-                          np.append(np.clip(executed[:6], -1, 1), executed[6]), meant))
+        rows = (np.append(np.clip(x[:6], -1, 1), x[6]) for x in (executed, action))
+        steps.append(Step(remember(world), observation, *rows))
         observation = world.step(executed)
         done = done or calvin.success(task, start, world.get_info())
     steps.append(Step(remember(world), observation, *np.full((2, 7), np.nan)))

@@ -252,8 +252,7 @@ def resampler():
     side, config = 190, net.config
     pixels = to_pixels(torch.tensor(frame).permute(2, 0, 1)[None], config.cameras["rgb_static"])
     vision, layer = net.vision, net.resampler.layers[0]
-    maps = vision.maps(torch.nn.functional.gelu(vision.stem(pixels))).flatten(2)
-    heat = (3 * torch.nn.functional.layer_norm(maps, maps.shape[-1:])).softmax(-1)[0]
+    heat = vision.look(pixels)[2][0]
     cells = math.isqrt(heat.shape[1])
     grid = torch.stack([torch.arange(cells).repeat(cells), torch.arange(cells).repeat_interleave(cells)], 1)
     where = ((heat @ grid.float()) + 0.5) / cells                                     # (points, 2), 0..1

@@ -138,11 +138,15 @@ class TinyVision(nn.Module):
         self.token, self.identity = nn.Linear(3 + cell, width), nn.Parameter(torch.zeros(points, width))
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, images):
+    def look(self, images):
+        """What cells show (N, Dv / 2, H * W), the points' maps (N, points, H * W), these as shares of 1."""
         cells = F.gelu(self.stem(images))
-        maps, cells = self.maps(cells).flatten(2), cells.flatten(2)               # (N, ., H * W)
+        maps, cells = self.maps(cells).flatten(2), cells.flatten(2)
         # of equal spread, so that none saturates; 3: even a random map's peak outweighs its 256 cells
-        heat = (3 * F.layer_norm(maps, maps.shape[-1:])).softmax(-1)
+        return cells, maps, (3 * F.layer_norm(maps, maps.shape[-1:])).softmax(-1)
+
+    def forward(self, images):
+        cells, maps, heat = self.look(images)
         side = math.isqrt(heat.shape[-1])
         line = torch.linspace(-side / 4, side / 4, side, device=heat.device)      # [8 px from the middle]
         grid = torch.stack([line.repeat(side), line.repeat_interleave(side)], 1)           # column, row
