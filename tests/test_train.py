@@ -55,10 +55,10 @@ def test_a_training_step_reads_no_value(preset, monkeypatch):
     monkeypatch.setattr(train, "Later", lambda tensor: tensor)                            # nor any values
     kind, text = train.family(preset), torch.nn.Identity()
     config, B, S, T = kind.preset_config(preset, window=3), 2, 40, 3
+    made = (gr2.build_encoders(config, "none", text) if kind is gr2 else
+            encoders.build_encoders(config, "none", text))
     with torch.device("meta"):
-        made = (gr2.build_encoders(config, "none", text) if kind is gr2 else
-                encoders.build_encoders(config, "none", text))
-        model = (gr2.GR2 if kind is gr2 else gr1.GR1)(config, *made)
+        model = (gr2.GR2 if kind is gr2 else gr1.GR1)(config, *made).to("meta")
         known, to_act = torch.ones(B, T).bool(), torch.ones(B, T, config.chunk).bool()
         batch = dict(sentences=torch.zeros(B, config.text_dim), robot_obs=torch.zeros(B, T, 15), mask=known,
                      future_mask=known, video_at=torch.arange(T), action_mask=to_act,
