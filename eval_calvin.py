@@ -209,16 +209,20 @@ class Remote:
     """A worker's side of a policy that lives in the main process, where one model serves all workers."""
 
     def __init__(self, connection):
-        self.connection, self.fresh = connection, True
+        self.connection, self.fresh, self.awake = connection, True, True
 
     def reset(self):
-        self.fresh = True
+        self.fresh = self.awake = True
+
+    def looks(self, sentence):
+        return self.awake
 
     def step(self, observation, sentence):
         seen = {key: x for key, x in observation.items() if key.startswith("rgb") or key == "robot_obs"}
         self.connection.send(("step", (seen, sentence, self.fresh)))
         self.fresh = False
-        return self.connection.recv()
+        action, self.awake = self.connection.recv()
+        return action
 
     def foresight(self):
         self.connection.send(("foresight", None))
@@ -248,8 +252,10 @@ class Server:
         if not steps:
             return found
         connections, observations, sentences, _ = zip(*steps)
-        actions = step_together([self.policies[c] for c in connections], observations, sentences)
-        return found + list(zip(connections, actions))
+        policies = [self.policies[connection] for connection in connections]
+        actions = step_together(policies, observations, sentences)
+        awake = [policy.looks(sentence) for policy, sentence in zip(policies, sentences)]
+        return found + list(zip(connections, zip(actions, awake)))
 
     def forget(self, connection):
         self.policies.pop(connection, None)
@@ -268,6 +274,7 @@ def foresight(policy):
 def follow(world, policy, task, sentence, args, film=None):
     """Let the policy try one instruction: -> steps until the oracle says yes, or None. `film`, a list, takes
     what was seen and foreseen now and then."""
+    draws = world.look
     start, observation = world.get_info(), world.observe()
     policy.reset()
     if isinstance(policy, Scripted):
@@ -278,7 +285,9 @@ def follow(world, policy, task, sentence, args, film=None):
         world.seconds["policy"] += time.perf_counter() - begin
         if film is not None and step % FILM_STEPS == 1:
             film.append(shot(observation, policy, f"{sentence}, step {step}"))
+        world.look = draws and (film is not None or policy.looks(sentence))
         observation = world.step(action)
+        world.look = draws
         if RULES[args.env].success(task, start, world.get_info()):
             return step
     return None

@@ -1,5 +1,4 @@
-"""
-GR-1 in one file: "Unleashing Large-Scale Video Generative Pre-training for Visual Robot Manipulation",
+"""GR-1 in one file: "Unleashing Large-Scale Video Generative Pre-training for Visual Robot Manipulation",
 Wu et al. 2023, arXiv 2312.13139 ("paper" below; "official code" is the authors' bytedance/GR-1).
 
 GR-1 is a GPT over timesteps. A timestep holds a sentence, the robot's state and the camera images as context
@@ -43,8 +42,9 @@ class GR1Config:
     robot: bool = True             # robot state in, [ACT] out; False for video without a robot
     video: bool = True             # [OBS] queries; False is the paper's ablation without video prediction
     window: int = 10               # T, timesteps the model sees
-    future: int = 3                # [OBS] predicts the frame this many steps ahead (paper: 1 in pre-training)
-    chunk: int = 1                 # K, actions predicted at each step (paper: 1)
+    stride: int = 1                # the robot's steps from one timestep to the next (paper: 1)
+    future: int = 3                # [OBS] predicts the frame so many timesteps ahead (paper, pre-training: 1)
+    chunk: int = 1                 # K, actions predicted at each timestep, one a step (paper: 1)
     width: int = 384               # D
     layers: int = 12
     heads: int = 12
@@ -62,7 +62,7 @@ class GR1Config:
     copy_gate: bool = False        # [OBS] also says, pixel by pixel, what stays as it is; not in the paper
     action_activation: bool = False  # a ReLU between the action head's layers; the official code has none
 
-    stride, latent = 1, 0          # in which GR-1 has no choice: every frame is a timestep; no action VAE
+    latent = 0                     # in which GR-1 has no choice: no action VAE
 
     def __post_init__(self):
         check_config(self)
@@ -78,14 +78,17 @@ class GR1Config:
 PRESETS = {
     "gr1": dict(),                 # the paper: 195 M parameters with its encoders, 46 M of them trained
     "real": dict(),                # the same; what differs is the training, see PRESETS in train.py
-    # A laptop's: small, and trained whole, encoder included. It predicts plain pixels (a drawn world is flat,
-    # and dividing by a flat patch's spread is noise) through a copy gate (four latents cannot carry a whole
-    # picture), and sees cameras at their own sizes (upsampling the 32 px gripper view would double the work).
+    # A laptop's: small, and trained whole, encoder included. It predicts plain pixels (to divide by a flat
+    # patch's spread makes noise) through a copy gate (four latents cannot carry a whole picture), and sees
+    # cameras at their own sizes (upsampling the 32 px gripper view would double the work).
     "tiny": dict(preset="tiny", cameras={"rgb_static": 64, "rgb_gripper": 32}, window=5, width=96, layers=4,
                  heads=4, dropout=0.0, vision_dim=64, text_dim=128, latents=4, resampler_depth=1,
                  resampler_heads=4, resampler_head_dim=16, patch=16, decoder_depth=2, decoder_heads=4,
                  norm_pixels=False, copy_gate=True),
 }
+# For CALVIN without a GPU. Its pictures cost most: so it looks at every fourth step, and plans.
+PRESETS["small"] = PRESETS["tiny"] | dict(preset="small", cameras={"rgb_static": 96, "rgb_gripper": 48},
+                                          stride=4, chunk=10, width=128, text_dim=256, latents=6)
 
 
 def preset_config(name, stage="finetune", /, **changes):      # "/": so that changes may hold any key
@@ -96,8 +99,8 @@ def preset_config(name, stage="finetune", /, **changes):      # "/": so that cha
         return config
     if changes.get("robot") or changes.get("video") is False:
         raise ModelError("pre-training has no robot and always predicts video: leave these settings out")
-    first, future = list(config.cameras.items())[:1], changes.get("future", 1)
-    return dataclasses.replace(config, cameras=dict(first), future=future, robot=False, video=True)
+    first, near = list(config.cameras.items())[:1], {x: changes.get(x, 1) for x in ("future", "stride")}
+    return dataclasses.replace(config, cameras=dict(first), robot=False, video=True, **near)
 
 
 def token_table(config):

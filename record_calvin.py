@@ -203,7 +203,7 @@ def draw(index, scene, args, searched):
     found, tried = searched
     with WRITERS[args.format](args, index, scene) as writer:
         for session, task, poses, rows in found:
-            pictures = [draw_pose(world, pose) for pose in poses]
+            pictures = [draw_pose(world, pose) for pose in poses[::args.stride]]
             frames = {camera: np.stack([smaller(x[camera], size) for x in pictures])
                       for camera, size in zip(pictures[0], args.sizes)}
             writer.add(session, task, str(rng.choice(calvin.SENTENCES[task]["training"])), frames, *rows)
@@ -228,16 +228,19 @@ def rows_of(demo):
 
 
 class ClipWriter:
-    """A shard of packed clips, see clips.py; its rel_actions are those that --actions says."""
+    """A shard of packed clips, see clips.py: a frame every --stride steps; its rel_actions, one a step, are
+    those that --actions says."""
 
     def __init__(self, args, index, scene):
         self.shard = clips.ShardWriter(args.out, index, ["rgb_static", "rgb_gripper"])
         self.args, self.first = args, index * SESSIONS
 
     def add(self, session, task, sentence, frames, robot_obs, scene_obs, executed, achieved, meant):
-        rows = dict(executed=executed, achieved=achieved, meant=meant)[self.args.actions]
+        stride, rows = self.args.stride, dict(executed=executed, achieved=achieved, meant=meant)
+        rows = rows[self.args.actions]
+        rows = np.concatenate([rows, np.full((-len(rows) % stride, 7), np.nan)])      # of the last frame too
         self.shard.add(frames=frames, sentence=sentence, task=task, episode=self.first + session,
-                       robot_obs=robot_obs.astype(np.float32), rel_actions=rows.astype(np.float32))
+                       robot_obs=robot_obs[::stride].astype(np.float32), rel_actions=rows.astype(np.float32))
 
     def __enter__(self):
         self.shard.__enter__()
@@ -432,7 +435,8 @@ def record_all(args):
     actions = args.actions if args.format == "clips" else "executed"           # CALVIN's files have both
     clips.claim(home(args), format=args.format, split=args.split, actions=actions, tasks=args.tasks,
                 each=args.each, play=args.play, sizes=args.sizes, scenes=args.scenes, seed=args.seed,
-                renderer=args.renderer, **dict(drags=args.drags) if args.drags else {})
+                renderer=args.renderer, **dict(drags=args.drags) if args.drags else {},
+                **dict(stride=args.stride) if args.stride > 1 else {})
     mine = range(args.part - 1, shards, args.parts)
     todo = [(index, args.scenes[index % len(args.scenes)], args) for index in mine
             if not is_done(args, index)]
@@ -449,7 +453,8 @@ def record_all(args):
     if args.format == "calvin":
         finish_calvin(home(args))
     else:
-        clips.write_meta(args.out, "calvin expert", fps=calvin.FPS, command=shlex.join(sys.argv))
+        command = shlex.join(sys.argv)
+        clips.write_meta(args.out, "calvin expert", fps=calvin.FPS / args.stride, command=command)
         print("\n".join(clips.summary(args.out)))
     write_sheet(home(args) / "sheet.png", sorted(examples(args).items()), side=100)
     print(f"wrote {home(args) / 'sheet.png'}")
@@ -474,6 +479,9 @@ def parse():
     parser.add_argument("--sizes", type=int, nargs=2, default=SIZES, metavar=("STATIC", "GRIPPER"),
                         help="clips: pixels of the pictures' sides, smaller for a laptop (default: CALVIN's, "
                         "200 84)")
+    parser.add_argument("--stride", type=int, default=1, metavar="S",
+                        help="clips: draw every S-th step only, for a policy that looks so often; all "
+                        "actions are kept (default: 1)")
     parser.add_argument("--drags", type=float, default=0.0, metavar="P",
                         help="chance, at each fast step, that something drags the arm aside, once a "
                         "demonstration (default: 0; try 0.03)")
@@ -494,8 +502,10 @@ def parse():
         parser.error(f"--tasks: there is no {unknown[0]}; did you mean {nearest(unknown[0], calvin.NAMES)}?")
     if not args.scenes or not set(args.scenes) <= set("ABCD"):
         parser.error("--scenes takes letters of ABCD, for instance ABC")
-    if min(args.demos, args.each, args.play, args.workers) < 1 or args.seed < 0:
-        parser.error("--demos, --each, --play and --workers must be 1 or more, --seed 0 or more")
+    if min(args.demos, args.each, args.play, args.stride, args.workers) < 1 or args.seed < 0:
+        parser.error("--demos, --each, --play, --stride and --workers must be 1 or more, --seed 0 or more")
+    if args.stride > 1 and args.format != "clips":
+        parser.error("--stride needs --format clips: CALVIN's files have a picture for each step")
     if not args.measure and args.out is None and args.replay is None:
         parser.error("--out DIR says where to record, --measure only looks how well the expert does")
     never = [task for task in args.tasks if not calvin.conditions_for(task)]

@@ -95,6 +95,7 @@ class Take:
     frames: dict               # {camera: uint8 (L, H, W, 3)}
     robot_obs: np.ndarray      # float32 (L, 15), or None
     fps: float
+    every: int                 # frames from one timestep of the model to the next
 
     @property
     def length(self):
@@ -132,7 +133,8 @@ def roll_out(world, policy, task, sentence, name):
     outcome = {None: "not judged", False: f"not done in {tabletop.STEPS} steps",
                True: f"success after {len(seen) - 1} steps"}[done]
     frames = {camera: np.stack([o[camera] for o in seen]) for camera in policy.model.config.cameras}
-    return Take(name, sentence, outcome, done, frames, np.stack([o["robot_obs"] for o in seen]), tabletop.FPS)
+    return Take(name, sentence, outcome, done, frames, np.stack([o["robot_obs"] for o in seen]), tabletop.FPS,
+                policy.stride)
 
 
 def recorded(args, model):
@@ -153,7 +155,7 @@ def recorded(args, model):
     for i in np.random.default_rng(args.seed).permutation(ids)[:args.episodes].tolist():
         clip = data.read(i, cameras=list(model.config.cameras))
         yield Take(f"clip-{i:05d}", data.sentences[i], f"{kind} {i} of {data.directory}", None,
-                   clip["frames"], clip["robot_obs"], data.fps)
+                   clip["frames"], clip["robot_obs"], data.fps, data.frames_a_timestep(model.config.stride))
 
 
 # ------------------------------------------------------------------------------------------- foresight
@@ -165,12 +167,12 @@ def foresee(model, pixels, take):
     GR1.forward's lines over a sliding window whose last step is asked: what Policy.predicted_frames does.
     Each frame is encoded once.
     """
-    config, stride, answers = model.config, model.config.stride, []
+    config, answers = model.config, []
     images, language = model.encode_images(pixels), model.encode_language([take.sentence])
     if config.robot:
         state = model.encode_state(torch.from_numpy(take.robot_obs).to(images.device))
     for t in range(take.length):
-        window = list(range(t, -1, -stride))[:config.window][::-1]
+        window = list(range(t, -1, -take.every))[:config.window][::-1]
         queries, _ = model.queries(torch.arange(0), torch.tensor([len(window) - 1]))
         states = state[None, window] if config.robot else None
         now = {camera: x[None, t:t + 1] for camera, x in pixels.items()}
@@ -182,7 +184,7 @@ def foresee(model, pixels, take):
 @torch.no_grad()
 def look_ahead(model, take):
     """-> strips {camera: {label: uint8 (L, S, S, 3)}}, squared errors (cameras, 2), see change_errors."""
-    config, F, strips = model.config, ahead(model), {}
+    config, F, strips = model.config, ahead(model, take), {}
     device = next(model.parameters()).device
     pixels = {camera: to_pixels(torch.from_numpy(take.frames[camera]).to(device).movedim(-1, 1), side)
               for camera, side in config.cameras.items()}
@@ -206,9 +208,9 @@ def heat(predicted, true):
     return error.clip(0, 255).astype(np.uint8).repeat(3, -1)
 
 
-def ahead(model):
-    """How many frames ahead a model foresees."""
-    return model.config.future * model.config.stride
+def ahead(model, take):
+    """How many of the take's frames ahead a model foresees."""
+    return model.config.future * take.every
 
 
 # -------------------------------------------------------------------------------------------- rolled out
@@ -235,14 +237,14 @@ def draw_roll_out(args, model, take, out):
     """Write the sheet of a take's roll-out; -> errors (N, 2), summed over the cameras, see change_errors: of
     the imagined frames by how often they were fed in, and of repeating the last true one.
     """
-    device, stride = next(model.parameters()).device, model.config.stride
-    steps = min(args.roll_out, (take.length - 1) // stride)
-    now = min((model.config.window - 1) * stride, take.length - 1 - steps * stride)     # the last frame given
-    first, last = now % stride, now // stride
+    device, every = next(model.parameters()).device, take.every
+    steps = min(args.roll_out, (take.length - 1) // every)
+    now = min((model.config.window - 1) * every, take.length - 1 - steps * every)     # the last frame given
+    first, last = now % every, now // every
     errors, groups = torch.zeros(args.roll_out, 2), []
     if not steps:
         return errors
-    frames = {camera: torch.from_numpy(take.frames[camera][first::stride]).to(device).movedim(-1, 1)
+    frames = {camera: torch.from_numpy(take.frames[camera][first::every]).to(device).movedim(-1, 1)
               for camera in model.config.cameras}
     pixels = {camera: to_pixels(x, model.config.cameras[camera]) for camera, x in frames.items()}
     seen, true = ({camera: x[part] for camera, x in pixels.items()}
@@ -267,7 +269,7 @@ def draw_roll_out(args, model, take, out):
     notes = [f"checkpoint {args.checkpoint}; {last + 1} true frame{'s' * (last > 0)} given, the last at t; "
              f"{len(pixels)} view{'s' * (len(pixels) > 1)}" + f", codes {how}" * isinstance(model, gr2.GR2)]
     caption = [(take.sentence, LARGE, INK), (take.outcome, SMALL, GRAY), *((x, SMALL, GRAY) for x in notes)]
-    heads = [f"t + {n * stride}" for n in range(steps + 1)]
+    heads = [f"t + {n * every}" for n in range(steps + 1)]
     write_png(out / f"{take.name}.png", page(caption, heads, groups))
     return errors
 
@@ -302,7 +304,7 @@ def sheet(strips, caption, moments):
 
 def draw_take(args, model, take, out):
     """Write the take's pictures into directory out; -> squared errors (cameras, 2), see look_ahead."""
-    caption, F = [(take.sentence, LARGE, INK), (take.outcome, SMALL, COLOURS[take.done])], ahead(model)
+    caption, F = [(take.sentence, LARGE, INK), (take.outcome, SMALL, COLOURS[take.done])], ahead(model, take)
     if not args.show_predictions:
         write_gif(out / f"{take.name}.gif", [rollout_page(take, caption, t) for t in range(take.length)])
         return torch.zeros(2)

@@ -56,7 +56,7 @@ import model as gr1
 from model import GR1, ModelError, known, to_pixels, total_loss
 from nanogr import clips, tokenizer, weights
 from nanogr.common import Parser, UserError, check_same, cores, lock, make_room, write_whole
-from nanogr.encoders import build_encoders
+from nanogr.encoders import LAPTOP, build_encoders
 from nanogr.policy import change_errors, pictures, to_images
 
 # ---------------------------------------------------------------------------------------------- config
@@ -64,7 +64,7 @@ from nanogr.policy import change_errors, pictures, to_images
 class TrainConfig:
     """One training run. Every field is a flag; 0 and "" mean the preset's (see PRESETS) where they say so."""
     stage: str = "finetune"        # pretrain: video only; finetune: robot demonstrations
-    preset: str = "tiny"           # tiny (a laptop's), gr1 (the paper's), real (its real robot's); or gr2-...
+    preset: str = "tiny"           # tiny, small (laptops'), gr1 (the paper's), real (its robot's); or gr2-...
     data: str = ""                 # packed clips, or a folder of training/ and validation/; "": the tabletop
     data_fraction: float = 1.0     # share of each task's clips to train on; 0.1: the paper's 10% setting
     out: str = ""                  # "": out/STAGE
@@ -122,6 +122,8 @@ PRESETS = {
                                shift=0, video_steps=1, video_weight=1,
                                fresh="trunk,vision,resampler,embed_language,embed_latents,embed_cls"),
 }
+PRESETS["small", "pretrain"] = PRESETS["tiny", "pretrain"]
+PRESETS["small", "finetune"] = PRESETS["tiny", "finetune"] | dict(steps=8000)
 PRESETS["real", "pretrain"] = PRESETS["gr1", "pretrain"]         # paper, real robot: batch and epochs differ
 PRESETS["real", "finetune"] = PRESETS["gr1", "finetune"] | dict(batch=64, epochs=30, warmup=1 / 30)
 # GR-2's optimizer is not published: GR-1's, at a lower rate for L and XL. No shift, for codes are made once,
@@ -139,8 +141,8 @@ STOP = []                        # when Ctrl-C and SIGTERM came [s]
 MODEL_FLAGS = {
     "--window": ("window", dict(type=int, help="timesteps that the model sees")),
     "--future-step": ("future", dict(type=int, help="so many frames ahead is foreseen")),
-    "--stride": ("stride", dict(type=int, help="GR-2: frames from one timestep to the next")),
-    "--chunk": ("chunk", dict(type=int, help="so many actions are predicted at each timestep")),
+    "--stride": ("stride", dict(type=int, help="the robot's steps from one timestep to the next")),
+    "--chunk": ("chunk", dict(type=int, help="so many actions are predicted at each timestep, one a step")),
     "--no-video": ("video", dict(action="store_false", help="the paper's ablation without [OBS]")),
     "--no-norm-pix": ("norm_pixels", dict(action="store_false", help="plain, not patch-normalised pixels")),
     "--action-activation": ("action_activation", dict(action="store_true", help="ReLU in the action head")),
@@ -641,7 +643,7 @@ def precision(config, world):
 def compiles(config, world):
     """Whether to torch.compile: --compile, as far as there is a C compiler, which that needs."""
     # tiny's whole training takes little longer than to compile it
-    pays = world.device.type == "cuda" and not config.preset.endswith("tiny")
+    pays = world.device.type == "cuda" and config.preset not in LAPTOP
     if config.compile == "off" or config.compile == "auto" and not pays:
         return False
     if any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang", "cl"))):
@@ -958,7 +960,7 @@ def train(config, changes, world):
     config.resume = config.resume and can_resume(config, world)
     find_tokenizer(config, world)
     model = build(config, changes, world)
-    window = (model.config.window - 1) * model.config.stride + 1             # in frames
+    window = (model.config.window - 1) * data.frames_a_timestep(model.config.stride) + 1     # in frames
     places = int(np.maximum(1, data.lengths[ids] - window + 1).sum())
     config.steps, config.epochs = config.steps or math.ceil(config.epochs * places / config.batch), 0.0
     codes = encode(model, data.directory, config, world)

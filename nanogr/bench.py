@@ -28,7 +28,7 @@ import train
 from model import GR1, PRESETS, ModelError, losses, preset_config, to_pixels
 from nanogr import clips, weights
 from nanogr.common import Parser, cores, run_script
-from nanogr.encoders import build_encoders
+from nanogr.encoders import LAPTOP, build_encoders
 from nanogr.policy import Policy
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "V100": 125e12}     # dense bf16 (V100: fp16)
@@ -73,7 +73,7 @@ def memory(device, peak=False, new_peak=False):
 def settings(argv, world):
     """train.parse, but where nobody says --batch that of gr1 is one which most machines hold."""
     config, changes, _ = train.parse(argv)
-    if not config.preset.endswith("tiny") and not any(word.split("=")[0] == "--batch" for word in argv):
+    if config.preset not in LAPTOP and not any(word.split("=")[0] == "--batch" for word in argv):
         parts = world.size * config.accumulate * config.windows_per_clip
         each = 32 if world.device.type == "cuda" else 1 if config.preset in gr2.PRESETS else 2
         config.batch = parts * max(1, each * world.size // parts)
@@ -144,7 +144,7 @@ def synthesise(folder, model_config, clip_count=2, length=500):
     of windows at an end, which are few then, fewer frames are read.
     """
     rng, sides = np.random.default_rng(0), model_config.cameras
-    if not model_config.preset.endswith("tiny"):
+    if model_config.preset not in LAPTOP:
         sides = {camera: CALVIN_SIZES[camera] for camera in sides}
     with clips.ShardWriter(folder, 0, list(sides)) as shard:
         for i in range(clip_count):

@@ -21,13 +21,15 @@ One step of a clip, in CALVIN's names, sizes and units. A clip without a robot i
     rel_actions  float32  (7,)       dx dy dz [1/50 m], Euler x y z [1/20 rad], in -1..1; gripper -1 or +1;
                                      NaN: no action is known for this step (say, a clip's last)
 
+A robot may be filmed at every S-th of its steps only. A clip then has S actions a frame, its `stride`.
+
 A shard's npz, for N clips with M steps and C cameras:
 
     offsets    int64 (M*C + 1,)  byte where each JPEG begins     sentences, tasks   str (N,)
     bounds     int64 (N + 1,)    step where each clip begins     episodes           int64 (N,)
     cameras    str (C,)          names in the order of the bin   crc32              uint32 (N,) of the JPEGs
     sizes      int64 (C, 2)      height, width                   robot_obs          float32 (M, 15)
-                                                                 rel_actions        float32 (M, 7)
+                                                                 rel_actions        float32 (M*S, 7)
     Without a robot the last two have 0 rows.
 
 `python -m nanogr.clips DIR` prints what a data set holds and checks every byte of it.
@@ -80,13 +82,14 @@ def shard_is_done(directory, index):
 
 
 def check_clip(cameras, frames, sentence, robot_obs, rel_actions):
-    """Raise ValueError unless a clip's parts fit together; return its kind: (sizes [H, W], has actions)."""
+    """Raise ValueError unless a clip's parts fit; return its kind: (sizes [H, W], actions a frame)."""
     if set(frames) != set(cameras) or not isinstance(sentence, str):
         raise ValueError(f"need frames of {cameras} and a str, not {list(frames)} and {sentence!r}")
     L = len(frames[cameras[0]])
     parts = [(name, images, "uint8", (L, *images.shape[1:3], 3)) for name, images in frames.items()]
+    stride = 1 if rel_actions is None else max(1, len(rel_actions) // max(1, L))
     parts += [("robot_obs", robot_obs, "float32", (L, OBS_DIM)),
-              ("rel_actions", rel_actions, "float32", (L, ACTION_DIM))]
+              ("rel_actions", rel_actions, "float32", (L * stride, ACTION_DIM))]
     for name, values, dtype, shape in parts:
         if values is not None and (values.dtype != dtype or values.shape != shape or not L):
             raise ValueError(f"{name} must be {dtype} {shape} with L > 0, not {values.dtype} {values.shape}")
@@ -94,7 +97,7 @@ def check_clip(cameras, frames, sentence, robot_obs, rel_actions):
         raise ValueError("robot_obs and rel_actions come together or not at all")
     if robot_obs is not None and not (np.isfinite(robot_obs).all() and not np.isinf(rel_actions).any()):
         raise ValueError("robot_obs must be finite; so must rel_actions, except for NaN where none is known")
-    return [list(frames[name].shape[1:3]) for name in cameras], robot_obs is not None
+    return [list(frames[name].shape[1:3]) for name in cameras], stride * (robot_obs is not None)
 
 
 class ShardWriter:
@@ -107,7 +110,8 @@ class ShardWriter:
     def __init__(self, directory, index, cameras, quality=95, subsampling="444"):
         self.path, self.cameras = pathlib.Path(directory) / f"{index:05d}.npz", list(cameras)
         self.jpeg = dict(quality=quality, colorspace="RGB", colorsubsampling=subsampling)
-        self.kind, self.offsets, self.bounds, self.clips, self.rows = None, [0], [0], [], []
+        self.kind, self.offsets, self.bounds, self.clips = None, [0], [0], []
+        self.rows = [np.zeros((0, OBS_DIM), np.float32)], [np.zeros((0, ACTION_DIM), np.float32)]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.temp = temp_path(self.path.with_suffix(".bin"))
         self.file = open(self.temp, "wb")
@@ -115,8 +119,8 @@ class ShardWriter:
     def add(self, frames, sentence, task="", episode=0, robot_obs=None, rel_actions=None):
         """Append a clip of L steps; ValueError if a shape or dtype is wrong or not that of earlier clips.
 
-        frames {camera: uint8 (L, H, W, 3)}; robot_obs float32 (L, 15), rel_actions float32 (L, 7), or none;
-        episode: the number of the recording, so that `split` never parts two clips of one.
+        frames {camera: uint8 (L, H, W, 3)}; robot_obs float32 (L, 15), rel_actions float32 (L * S, 7), S a
+        frame, or none; episode: the number of the recording, so that `split` never parts two clips of one.
         """
         kind = check_clip(self.cameras, frames, sentence, robot_obs, rel_actions)
         if self.kind not in (None, kind):
@@ -132,7 +136,8 @@ class ShardWriter:
         self.bounds.append(self.bounds[-1] + len(frames[self.cameras[0]]))
         self.clips.append((sentence, task, episode, crc))
         if kind[1]:
-            self.rows.append(np.concatenate([robot_obs, rel_actions], axis=1))
+            for rows, new in zip(self.rows, (robot_obs, rel_actions)):
+                rows.append(new)
 
     def close(self):
         """Put the shard in place: the bin, then the npz which says that the bin is whole."""
@@ -142,14 +147,14 @@ class ShardWriter:
         os.fsync(self.file.fileno())
         self.file.close()
         sentences, tasks, episodes, crc32 = zip(*self.clips) if self.clips else [()] * 4
-        rows = np.concatenate([np.zeros((0, OBS_DIM + ACTION_DIM), np.float32), *self.rows])
+        robot_obs, rel_actions = map(np.concatenate, self.rows)
         index = io.BytesIO()
         np.savez(index, offsets=np.array(self.offsets, np.int64), bounds=np.array(self.bounds, np.int64),
                  sentences=np.array(sentences, str), tasks=np.array(tasks, str),
                  episodes=np.array(episodes, np.int64), crc32=np.array(crc32, np.uint32),
                  cameras=np.array(self.cameras, str),
                  sizes=np.array(self.kind[0] if self.kind else [], np.int64).reshape(-1, 2),
-                 robot_obs=rows[:, :OBS_DIM], rel_actions=rows[:, OBS_DIM:])
+                 robot_obs=robot_obs, rel_actions=rel_actions)
         self.path.unlink(missing_ok=True)              # a shard made anew: no old npz beside the new bin
         os.replace(self.temp, self.path.with_suffix(".bin"))
         write_whole(self.path, index.getvalue())
@@ -200,7 +205,7 @@ def write_meta(directory, source, fps, command, **extra):
     last = max((int(path.stem) for path in directory.glob(SHARDS)), default=-1)
     shards = [load_shard(directory, index) for index in range(last + 1)]
     full = [shard for shard in shards if len(shard["episodes"])]
-    kinds = [(dict(zip(shard["cameras"].tolist(), shard["sizes"].tolist())), len(shard["robot_obs"]) > 0)
+    kinds = [(dict(zip(shard["cameras"].tolist(), shard["sizes"].tolist())), actions_a_frame(shard))
              for shard in full]
     if not full:
         raise UserError(f"{directory}: no clip was written; mend the cause, delete it and run again")
@@ -211,7 +216,7 @@ def write_meta(directory, source, fps, command, **extra):
                   bytes=sum(int(shard["offsets"][-1]) for shard in full))
     tasks = collections.Counter(task for shard in full for task in shard["tasks"].tolist() if task)
     meta = dict(format_version=FORMAT_VERSION, source=source, cameras=kinds[0][0], fps=fps, counts=counts,
-                has_actions=kinds[0][1], tasks=dict(sorted(tasks.items())), command=command, **extra)
+                has_actions=kinds[0][1] > 0, tasks=dict(sorted(tasks.items())), command=command, **extra)
     write_whole(directory / "meta.json", json.dumps(meta, indent=1).encode())
     for stale in directory.glob("[0-9]*.*.tmp"):       # of killed writers: all shards are done by now
         stale.unlink(missing_ok=True)
@@ -239,6 +244,11 @@ def read_arrays(path):
     return arrays
 
 
+def actions_a_frame(shard):
+    """Of a shard's arrays; 0: no robot made them."""
+    return len(shard["rel_actions"]) // max(1, len(shard["robot_obs"]))
+
+
 def load_shard(directory, index):
     """Return the arrays of one npz; UserError unless they fit each other and the size of the bin."""
     npz, again = pathlib.Path(directory) / f"{index:05d}.npz", f"run the command that made {directory} again"
@@ -256,7 +266,8 @@ def load_shard(directory, index):
             and all(len(shard[key]) == len(bounds) - 1 for key in ("sentences", "tasks", "episodes", "crc32"))
             and len(offsets) == bounds[-1] * len(shard["cameras"]) + 1 and offsets[0] == bounds[0] == 0
             and (np.diff(offsets) > 0).all() and (np.diff(bounds) > 0).all()
-            and len(shard["robot_obs"]) == len(shard["rel_actions"]) in (0, bounds[-1]))
+            and len(shard["robot_obs"]) in (0, bounds[-1])
+            and len(shard["rel_actions"]) == actions_a_frame(shard) * bounds[-1])
     if not fits or size != offsets[-1]:
         said = offsets[-1] if offsets.size else "nothing"
         raise UserError(f"{npz.with_suffix('.bin')} has {size} bytes, but {npz.name} says {said}: one is cut "
@@ -348,8 +359,9 @@ def load_meta(directory):
 class Clips:
     """A data set, opened for reading; UserError if it is not whole.
 
-    `meta`, `cameras` {name: (H, W)}, `has_actions`, `fps`; per clip: `sentences`, `tasks` (lists),
-    `episodes`, `lengths` [steps] (int64). No file stays open, so it can be forked or pickled to any worker.
+    `meta`, `cameras` {name: (H, W)}, `has_actions`, `fps`, `stride` (S, the robot's steps from one frame to
+    the next); per clip: `sentences`, `tasks` (lists), `episodes`, `lengths` [frames] (int64). No file stays
+    open, so it can be forked or pickled to any worker.
     """
 
     def __init__(self, directory):
@@ -357,6 +369,7 @@ class Clips:
         self.has_actions, self.fps = self.meta["has_actions"], self.meta["fps"]
         self.cameras = {name: tuple(size) for name, size in self.meta["cameras"].items()}
         self.shards = [load_shard(directory, index) for index in range(self.meta["counts"]["shards"])]
+        self.stride = max(1, *map(actions_a_frame, self.shards))
         self.sentences = [text for shard in self.shards for text in shard.pop("sentences").tolist()]
         self.tasks = [text for shard in self.shards for text in shard.pop("tasks").tolist()]
         self.episodes = np.concatenate([shard["episodes"] for shard in self.shards])
@@ -375,21 +388,29 @@ class Clips:
         number = int(np.searchsorted(self.first, i, side="right")) - 1
         return number, *self.shards[number]["bounds"][i - self.first[number]:][:2].tolist()
 
+    def frames_a_timestep(self, stride):
+        """Of a model that looks at every `stride`-th step; UserError if frames lie too far apart for it."""
+        if stride % self.stride:
+            raise UserError(f"{self.directory} has a frame every {self.stride} steps, no use to a model that "
+                            f"looks every {stride}: give --stride {self.stride}, or a multiple")
+        return stride // self.stride
+
     def rows(self, i):
-        """Return all of clip i's robot_obs float32 (L, 15) and rel_actions float32 (L, 7)."""
+        """Return all of clip i's robot_obs float32 (L, 15) and rel_actions float32 (L * S, 7)."""
         number, begin, end = self.find(i)
-        return self.shards[number]["robot_obs"][begin:end], self.shards[number]["rel_actions"][begin:end]
+        shard, S = self.shards[number], self.stride
+        return shard["robot_obs"][begin:end], shard["rel_actions"][S * begin:S * end]
 
     def read(self, i, start=0, count=None, cameras=None):
-        """Read `count` steps of clip i from `start` on (fewer where it ends; None: all that follow).
+        """Read `count` frames of clip i from `start` on (fewer where it ends; None: all that follow).
 
-        -> dict(frames={camera: uint8 (n, H, W, 3)}, robot_obs (n, 15) or None, rel_actions (n, 7) or None).
-        `cameras`: decode these alone. UserError if a JPEG is broken.
+        -> dict(frames={camera: uint8 (n, H, W, 3)}, robot_obs (n, 15), rel_actions (n * S, 7); the last two
+        None without a robot). `cameras`: decode these alone. UserError if a JPEG is broken.
         """
         number, begin, end = self.find(i)
         stop = end - begin if count is None else min(start + count, end - begin)
         if not 0 <= start < stop:
-            raise IndexError(f"steps {start} to {stop} of clip {i}, which has {end - begin}")
+            raise IndexError(f"frames {start} to {stop} of clip {i}, which has {end - begin}")
         C = len(self.cameras)
         offsets = self.shards[number]["offsets"][(begin + start) * C:(begin + stop) * C + 1]
         # Opened anew each time: microseconds beside the milliseconds of decoding, and no limit on open files.
@@ -402,8 +423,11 @@ class Clips:
             if cameras is None or name in cameras:
                 jpegs = [data[offsets[k]:offsets[k + 1]] for k in range(c, len(offsets) - 1, C)]
                 frames[name] = self.decode(jpegs, size, f"shard {number:05d}, clip {i}, camera {name}")
-        robot_obs, rel_actions = (x[start:stop] for x in self.rows(i)) if self.has_actions else (None, None)
-        return dict(frames=frames, robot_obs=robot_obs, rel_actions=rel_actions)
+        if not self.has_actions:
+            return dict(frames=frames, robot_obs=None, rel_actions=None)
+        robot_obs, rel_actions = self.rows(i)
+        return dict(frames=frames, robot_obs=robot_obs[start:stop],
+                    rel_actions=rel_actions[self.stride * start:self.stride * stop])
 
     def decode(self, jpegs, size, where):
         """Decode n JPEGs to uint8 (n, H, W, 3)."""
@@ -463,8 +487,9 @@ class Windows(torch.utils.data.Dataset):
     B windows of T steps, each from a clip drawn uniformly from `ids`, short or long. Its start is uniform in
     [-(T-1), L-1], then clipped to [0, L-T]: thus a clip's ends are seen about as often as its middle (T times
     less without the overhang). Only a clip shorter than T is padded: with zeros, after its real steps.
-    F more frames are read for targets: frames[:, t + F] is what step t predicts. With `stride` > 1 (GR-2's)
-    a step is so many frames after the one before, and so are the F; for T read (T-1) stride + 1 above.
+    F more frames are read for targets: frames[:, t + F] is what step t predicts. With `every` > 1 a step is
+    so many frames after the one before, and so are the F; for T read (T-1) every + 1 above. Actions are one a
+    step of the robot, of which clips may have several a frame.
 
     With per_clip W > 1, W windows that start one step after the other are cut from each clip and share its
     frames, a run of N = T+W-1 steps that is stored once. The starts are drawn and clipped as above, so that
@@ -486,7 +511,7 @@ class Windows(torch.utils.data.Dataset):
       and, if a robot made the clips,
         robot_obs    float32 (B, T, 15)           NaN: hidden
         noise        float32 (B, T, z)            from N(0, 1); only if z > 0
-        rel_actions  float32 (B, T, chunk, 7)     the actions of steps t .. t + chunk - 1
+        rel_actions  float32 (B, T, chunk, 7)     the robot's actions from step t on
         action_mask  bool (B, T, chunk)           those that are known; the others are 0
     """
 
@@ -499,7 +524,7 @@ class Windows(torch.utils.data.Dataset):
         self.clips, self.ids, self.cameras = clips, np.asarray(ids), list(cameras)
         self.B, self.T, self.F, self.chunk = batch_size, window, future, chunk
         self.seed, self.W, self.shift, self.foresee = seed, per_clip, shift, foresee
-        self.stride, self.latent, self.blind = stride, latent, blind
+        self.every, self.latent, self.blind = clips.frames_a_timestep(stride), latent, blind
         self.codes = [read_codes(clips, i, fingerprint) for i in range(len(clips.shards)) if fingerprint]
 
     def __len__(self):
@@ -507,24 +532,24 @@ class Windows(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         step, part, parts = key if isinstance(key, tuple) else (key, 0, 1)
-        rng, stride, N = np.random.default_rng([self.seed, step]), self.stride, self.T + self.W - 1
-        ids, window = rng.choice(self.ids, self.B // self.W), (self.T - 1) * stride + 1            # in frames
+        rng, every, N = np.random.default_rng([self.seed, step]), self.every, self.T + self.W - 1
+        ids, window = rng.choice(self.ids, self.B // self.W), (self.T - 1) * every + 1            # in frames
         lengths = self.clips.lengths[ids]
-        at = rng.integers(1 - window, lengths) - self.W // 2 * stride     # where the first of W would start
+        at = rng.integers(1 - window, lengths) - self.W // 2 * every     # where the first of W would start
         order = rng.permutation(self.T)
         video_at = order[:self.foresee] if self.foresee else np.arange(self.T)
         reach = {c: round(self.shift * self.clips.cameras[c][0]) for c in self.cameras}
         shifts = {c: rng.integers(-far, far + 1, (len(ids), 2)) for c, far in reach.items()}
         ids, lengths, at, *shifts = (np.split(x, parts)[part] for x in (ids, lengths, at, *shifts.values()))
-        runs = np.clip(at, 0, np.maximum(0, lengths - window - (self.W - 1) * stride))
-        last = (np.maximum(0, lengths - window) - runs) // stride         # how far the last of W may start
-        nth = np.clip((at - runs)[:, None] // stride + np.arange(self.W), 0, last[:, None])        # (B/W, W)
-        steps = (runs[:, None] + nth * stride).reshape(-1, 1) + np.arange(self.T) * stride         # (B, T)
+        runs = np.clip(at, 0, np.maximum(0, lengths - window - (self.W - 1) * every))
+        last = (np.maximum(0, lengths - window) - runs) // every         # how far the last of W may start
+        nth = np.clip((at - runs)[:, None] // every + np.arange(self.W), 0, last[:, None])        # (B/W, W)
+        steps = (runs[:, None] + nth * every).reshape(-1, 1) + np.arange(self.T) * every         # (B, T)
         frame_at = (nth + N * np.arange(len(runs))[:, None]).reshape(-1, 1) + np.arange(self.T)
         seen = self.frames_as_codes(ids, runs) if self.codes else self.frames(ids, runs)
         ids, lengths = ids.repeat(self.W), lengths.repeat(self.W)
         batch = dict(mask=steps < lengths[:, None], video_at=video_at,
-                     future_mask=steps + self.F * stride < lengths[:, None])
+                     future_mask=steps + self.F * every < lengths[:, None])
         batch |= {"frame_at": frame_at} if self.W > 1 else {}
         if self.clips.has_actions:
             batch |= self.robot(ids, steps)
@@ -543,31 +568,31 @@ class Windows(torch.utils.data.Dataset):
         """Return {camera: uint8 (B/W, N+F, 3, H, W)}, as views of (..., H, W, 3): turning the bytes round is
         the device's work. numpy fills them: torch's threads cost more here.
         """
-        count, stride = self.T + self.W - 1 + self.F, self.stride
+        count, every = self.T + self.W - 1 + self.F, self.every
         frames = {name: np.zeros((len(ids), count, *self.clips.cameras[name], 3), np.uint8)
                   for name in self.cameras}
         for b, (i, start) in enumerate(zip(ids.tolist(), starts.tolist())):
-            seen = self.clips.read(i, start, (count - 1) * stride + 1, self.cameras)["frames"]
+            seen = self.clips.read(i, start, (count - 1) * every + 1, self.cameras)["frames"]
             for name, images in seen.items():
-                images = images[::stride]
+                images = images[::every]
                 frames[name][b, :len(images)] = images
         return {name: torch.from_numpy(images).permute(0, 1, 4, 2, 3) for name, images in frames.items()}
 
     def frames_as_codes(self, ids, starts):
         """Return {camera: int32 (B/W, N+F, P)}."""
-        count, stride = self.T + self.W - 1 + self.F, self.stride
+        count, every = self.T + self.W - 1 + self.F, self.every
         codes = {name: np.zeros((len(ids), count, self.codes[0][name].shape[1]), np.int32)
                  for name in self.cameras}
         for b, (i, start) in enumerate(zip(ids.tolist(), starts.tolist())):
             number, begin, end = self.clips.find(i)
             for name in self.cameras:
-                rows = self.codes[number][name][begin + start:end:stride][:count]
+                rows = self.codes[number][name][begin + start:end:every][:count]
                 codes[name][b, :len(rows)] = rows
         return {name: torch.from_numpy(rows) for name, rows in codes.items()}
 
     def robot(self, ids, steps):
         """Return robot_obs, rel_actions and action_mask of the clips `ids` (B,) at `steps` (B, T)."""
-        ahead = steps[:, :, None] + np.arange(self.chunk)                                   # (B, T, chunk)
+        ahead = steps[:, :, None] * self.clips.stride + np.arange(self.chunk)               # (B, T, chunk)
         robot_obs = np.zeros((*steps.shape, OBS_DIM), np.float32)
         rel_actions = np.full((*ahead.shape, ACTION_DIM), np.nan, np.float32)
         for b, i in enumerate(ids):

@@ -18,14 +18,20 @@ from nanogr.common import UserError
 from nanogr.weights import read_weights
 
 
+# Presets whose encoders are small ones of our own, and train with the rest -> 3x3 convolutions behind the
+# image encoder's first: none tells a drawn world's blocks, CALVIN's shaded and shadowed ones take some.
+LAPTOP = {"tiny": 0, "gr2-tiny": 0, "small": 3}
+
+
 def build_encoders(config, vision=None, text=None, vision_weights="hub", text_weights="hub"):
     """The encoders of a preset: (vision, text). Each may be given as a module, which stays as it is, or as
     words that say where the weights come from: "hub", "none" (random) or a file; None: as vision_weights and
-    text_weights say. The tiny preset's are its own and train with the rest. UserError if they can't be had.
+    text_weights say. Those of LAPTOP are their own. UserError if they can't be had.
     """
     vision, text = vision_weights if vision is None else vision, build_text(config, text, text_weights)
-    if config.preset == "tiny":
-        return TinyVision(config.vision_dim) if its_own(vision) else vision, text
+    if config.preset in LAPTOP:
+        own = its_own(config, vision)
+        return TinyVision(config.vision_dim, LAPTOP[config.preset]) if own else vision, text
     return fill(MAEVision, vision, "image encoder timm/vit_base_patch16_224.mae", "--mae",
                 "mae_pretrain_vit_base.pth"), text
 
@@ -33,16 +39,16 @@ def build_encoders(config, vision=None, text=None, vision_weights="hub", text_we
 def build_text(config, text=None, text_weights="hub"):
     """The text encoder of a preset, GR-1's or GR-2's, see build_encoders."""
     text = text_weights if text is None else text
-    if config.preset.endswith("tiny"):
-        return HashText(config.text_dim) if its_own(text) else text
+    if config.preset in LAPTOP:
+        return HashText(config.text_dim) if its_own(config, text) else text
     return fill(CLIPText, text, "text encoder open_clip ViT-B-32-quickgelu 'openai'", "--clip",
                 "open_clip_model.safetensors")
 
 
-def its_own(encoder):
-    """Whether the tiny preset is to take its own encoder; UserError if a file of weights is named."""
+def its_own(config, encoder):
+    """Whether a preset of LAPTOP takes its own encoder; UserError if a file of weights is named."""
     if isinstance(encoder, str) and encoder not in ("hub", "none"):
-        raise UserError(f"the tiny preset has encoders of its own: {encoder} is for --preset gr1")
+        raise UserError(f"the {config.preset} preset has encoders of its own: {encoder} is for --preset gr1")
     return isinstance(encoder, str)
 
 
@@ -126,14 +132,16 @@ class TinyVision(nn.Module):
 
     A keypoint stands for a patch. It is the spatial softmax (Levine et al. 2016, arXiv 1504.00702) of a
     learned map over cells of 4 px: the mean place, how high the map peaks, and what the cells show there.
-    CLS reads where all of them are and how high. A robot needs to know what is where.
+    CLS reads where all of them are and how high. A robot needs to know what is where. `depth` residual
+    convolutions let a cell see `depth` cells around it.
     """
     frozen = False
 
-    def __init__(self, width, points=32):
+    def __init__(self, width, depth=0, points=32):
         super().__init__()
         cell = width // 2                                # features of a cell of 4 px: a block is 5 px wide
         self.stem, self.maps = nn.Conv2d(3, cell, 4, 4), nn.Conv2d(cell, points, 1)
+        self.around = nn.ModuleList(nn.Conv2d(cell, cell, 3, padding=1) for _ in range(depth))
         self.cls = nn.Linear(3 * points, width)
         self.token, self.identity = nn.Linear(3 + cell, width), nn.Parameter(torch.zeros(points, width))
         self.norm = nn.LayerNorm(width)
@@ -141,6 +149,8 @@ class TinyVision(nn.Module):
     def look(self, images):
         """What cells show (N, Dv / 2, H * W), the points' maps (N, points, H * W), these as shares of 1."""
         cells = F.gelu(self.stem(images))
+        for conv in self.around:
+            cells = cells + F.gelu(conv(cells))
         maps, cells = self.maps(cells).flatten(2), cells.flatten(2)
         # of equal spread, so that none saturates; 3: even a random map's peak outweighs its 256 cells
         return cells, maps, (3 * F.layer_norm(maps, maps.shape[-1:])).softmax(-1)

@@ -42,6 +42,10 @@ class Policy:
             raise ModelError("this model has no latent to draw")
         self.model, self.execute, self.ensemble, self.sample_z = model.eval(), execute, ensemble, sample_z
         self.device, self.stride = next(model.parameters()).device, model.config.stride
+        # asked at every timestep and not between, it need not see what lies between: drawing may be most of
+        # what a simulated step costs
+        self.blinks = execute == self.stride
+        self.every = 1 if self.blinks else self.stride               # frames seen from a timestep to the next
         on = self.device if graphs else torch.device("cpu")
         self.look, self.act = Graphed(partial(look, model), on), Graphed(partial(act, model), on)
         self.reset()
@@ -54,14 +58,18 @@ class Policy:
 
     def reset(self):
         # a frame's (images (., D), state (D,)): those of the window, and between them what later windows need
-        self.history = deque(maxlen=(self.model.config.window - 1) * self.stride + 1)
+        self.history = deque(maxlen=(self.model.config.window - 1) * self.every + 1)
         self.frames, self.sentence, self.language = None, None, None
         self.plan, self.chunks = deque(), deque(maxlen=self.model.config.chunk)
 
     @property
     def window(self):
-        """The window's steps of the history: every stride-th, ending now."""
-        return list(self.history)[::-self.stride][::-1]
+        """The window's timesteps of the history, ending now."""
+        return list(self.history)[::-self.every][::-1]
+
+    def looks(self, sentence):
+        """Whether the next step needs an observation; else it does what was planned, whatever is there."""
+        return not (self.blinks and self.plan and sentence == self.sentence)
 
     def step(self, observation, sentence):
         """observation: dict with uint8 (H, W, 3) images by camera name and robot_obs (15,); sentence: str.
@@ -97,7 +105,7 @@ class Policy:
 
     @torch.no_grad()
     def predicted_frames(self):
-        """The future frame that the model foresees at the last step: {camera: uint8 (S, S, 3)}, see draw."""
+        """What the model foresees after the last frame it looked at: {camera: uint8 (S, S, 3)}, see draw."""
         model, config = self.model, self.model.config
         if not config.video:
             raise ModelError("this model was trained without video prediction (no [OBS])")
@@ -119,7 +127,9 @@ def step_together(policies, observations, sentences):
     """The actions (7,) of B policies of one model after one more observation each; who still has actions of
     an earlier chunk to execute is not asked.
     """
-    look_together(policies, observations, sentences)
+    awake = [each for each in zip(policies, observations, sentences) if each[0].looks(each[2])]
+    if awake:
+        look_together(*zip(*awake))
     asked = [policy for policy in policies if not policy.plan]
     for policy, arm, gripper in zip(asked, *predict_together(asked)) if asked else ():
         policy.take(arm, gripper)

@@ -220,11 +220,19 @@ def test_a_clip_holds_the_actions_that_were_asked_for(tmp_path):
     given = dict(executed=np.zeros((3, 7)), achieved=np.ones((3, 7)), meant=np.full((3, 7), 2))
     frames = {c: np.zeros((3, 16, 16, 3), np.uint8) for c in ("rgb_static", "rgb_gripper")}
     for actions, wanted in given.items():
-        args = types.SimpleNamespace(out=tmp_path / actions, actions=actions)
+        args = types.SimpleNamespace(out=tmp_path / actions, actions=actions, stride=1)
         with record_calvin.ClipWriter(args, 0, "D") as writer:
             writer.add(0, "open_drawer", "open it", frames, np.zeros((3, 15)), np.zeros((3, 24)), **given)
         clips.write_meta(args.out, "test", fps=30, command="")
         assert np.array_equal(clips.Clips(args.out).rows(0)[1][:-1], wanted[:-1])
+    args = types.SimpleNamespace(out=tmp_path / "sparse", actions="meant", stride=2)
+    with record_calvin.ClipWriter(args, 0, "D") as writer:
+        writer.add(0, "open_drawer", "open it", {c: x[::2] for c, x in frames.items()},
+                   np.arange(45.0).reshape(3, 15), np.zeros((3, 24)), **given)
+    clips.write_meta(args.out, "test", fps=15, command="")
+    robot, actions = clips.Clips(args.out).rows(0)
+    assert robot[:, 0].tolist() == [0, 30] and actions[:3].tolist() == given["meant"].tolist()
+    assert np.isnan(actions[3]).all()
 
 
 @SIMULATOR

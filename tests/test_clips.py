@@ -228,6 +228,34 @@ def test_window_masks(tmp_path, length, W):
     assert starts == set(range(max(1, length - T + 1)))       # each place is seen, the last one too
 
 
+def test_a_robot_filmed_at_every_fourth_step(tmp_path):
+    """Catches actions of another step than a frame's, the next clip's, a model that looks between frames."""
+    for index, steps in enumerate((22, 9)):
+        clip, n = make_clip(index, steps), -(-steps // 4)
+        last = np.full((4 * n - steps, 7), np.nan, np.float32)
+        write_shard(tmp_path, index, clip | dict(
+            frames={camera: x[::4] for camera, x in clip["frames"].items()}, robot_obs=clip["robot_obs"][::4],
+            rel_actions=np.concatenate([clip["rel_actions"], last])))
+    clips.write_meta(tmp_path, "test", 7.5, "a command")
+    data = clips.Clips(tmp_path)
+    assert data.stride == 4 and data.lengths.tolist() == [6, 3] and not clips.check(tmp_path)
+    assert data.read(0, 1, 2)["rel_actions"][:, 0].tolist() == [-4, -5, -6, -7, -8, -9, -10, -11]
+    for stride, every in (4, 1), (8, 2):
+        windows = clips.Windows(data, [0, 1], 8, 3, 1, CAMERAS, chunk=6, stride=stride)
+        for batch in map(windows.__getitem__, range(20)):
+            first, gray = batch["robot_obs"][:, :, 0], batch["frames"]["rgb_static"][:, :3, 0, 0, 0]
+            assert (first[:, 1:] - first[:, :-1] == stride)[batch["mask"][:, 1:]].all()
+            assert (gray - 10 * first)[batch["mask"]].abs().max() <= 2
+            for k in range(6):
+                known = batch["action_mask"][:, :, k]
+                assert torch.equal(batch["rel_actions"][:, :, k, 0][known], -(first + k)[known])
+    for stride in 2, 6:
+        assert refused("give --stride 4", clips.Windows, data, [0], 8, 3, 1, CAMERAS, stride=stride)
+    broken = make_clip(0, 6) | dict(rel_actions=np.zeros((13, 7), np.float32))
+    with pytest.raises(ValueError, match="rel_actions must be"):
+        write_shard(tmp_path / "broken", 0, broken)
+
+
 def test_shared_frames_change_no_loss(tmp_path):
     """Catches a shortcut that is not exact, and one that encodes a frame as often as before."""
     data, model = clips.Clips(make_data_set(tmp_path)), small_model(cameras={"rgb_static": 32})

@@ -52,6 +52,36 @@ def test_doing_nothing_scores_nothing(tmp_path):
     assert all(result["successes"] == 0 and result["episodes"] == 1 for result in report["tasks"].values())
 
 
+@pytest.mark.parametrize("served", [False, True])
+def test_what_nobody_looks_at_is_not_drawn(served):
+    """Catches pictures drawn between a policy's timesteps, and a policy that gets none when it looks."""
+    model, drawn, seen = small_model(stride=3, chunk=4), [], []
+    acting = policy.Policy(model, execute=3)
+    if served:
+        server, asked = eval_calvin.Server(acting), []
+        pipe = mock.Mock(send=lambda question: asked.append(("me", *question)),
+                         recv=lambda: server.answers([asked.pop()])[0][1])
+        acting = eval_calvin.Remote(pipe)
+
+    class World(tabletop.Tabletop):
+        look = True
+
+        def observe(self, render=True):
+            drawn.append(self.look)
+            picture = {f"rgb_{name}": np.zeros((32, 32, 3), np.uint8) for name in ("static", "gripper")}
+            return dict(super().observe(), **picture) if self.look else dict(robot_obs=np.zeros(15))
+
+    args, step = eval_settings(policy="model", steps=8), acting.step
+    acting.step = lambda observation, sentence: (seen.append("rgb_static" in observation),
+                                                 step(observation, sentence))[1]
+    world = World("D", 0)
+    for film, looked in (None, [1, 0, 0, 1, 0, 0, 1, 0]), ([], [1] * 8):
+        world.reset()
+        drawn.clear(), seen.clear()
+        assert eval_calvin.follow(world, acting, "open_drawer", "do nothing", args, film) is None
+        assert seen == looked and drawn[1:] == looked[1:] + [film is not None]
+
+
 def test_an_episode_depends_on_its_seed_alone():
     """Catches a report that depends on the number of workers, or a control that gives the right sentence."""
     def play(name, *jobs):

@@ -31,6 +31,37 @@ def test_foresight_is_judged_and_drawn():
     assert (errors(now, real=False) == 0).all()
 
 
+def test_a_policy_that_looks_at_every_third_step():
+    """Catches a window of the wrong frames, a plan that outlives a reset or another sentence, and pictures
+    that are drawn or looked at between timesteps.
+    """
+    model, rng = small_model(stride=3, chunk=4), np.random.default_rng(0)
+    acting, always, T = policy.Policy(model, execute=3), policy.Policy(model, execute=3), model.config.window
+    always.blinks, always.every = False, 3               # sees all, and takes every third for its window
+    always.reset()
+    seen, looked = [], []
+    for step in range(30):
+        if step in (8, 17):
+            acting.reset(), always.reset(), seen.clear()
+        sentence = "open the drawer" if step < 21 else "lift the block"
+        picture = partial(rng.integers, 0, 256, (32, 32, 3), np.uint8)
+        observation = dict(rgb_static=picture(), rgb_gripper=picture(), robot_obs=rng.normal(size=15))
+        if acting.looks(sentence):
+            looked.append(step)
+            seen.append(observation)
+        awake = looked[-1] == step
+        action = acting.step(observation if awake else None, sentence)
+        if step < 21:
+            assert np.abs(action - always.step(observation, sentence)).max() < 1e-5
+        if awake:
+            batch = {key: torch.tensor(np.stack([x[key] for x in seen[-T:]]))[None] for key in observation}
+            frames = {c: gr1.to_pixels(batch[c].movedim(-1, 2), s) for c, s in model.config.cameras.items()}
+            with torch.no_grad():
+                arm = model(frames, [sentence], batch["robot_obs"].float())["arm"][0, -1].numpy()
+        assert np.abs(action[:6] - arm[step - looked[-1]]).max() < 1e-5
+    assert looked == [0, 3, 6, 8, 11, 14, 17, 20, 21, 24, 27]
+
+
 @pytest.mark.parametrize("changes", [dict(chunk=1), dict(chunk=2), dict(norm_pixels=False, copy_gate=True)])
 def test_policy_equals_the_full_forward(changes):
     """Catches what a policy may wrongly keep: features at an old place in the window, sentence or episode."""

@@ -14,7 +14,7 @@ def test_sample_shows_what_the_model_foresees(tmp_path, tabletop_data, checkpoin
     model = small_model(norm_pixels=False, copy_gate=True)
     clip = clips.Clips(tabletop_data / "demonstrations").read(0)
     pixels = {c: gr1.to_pixels(torch.tensor(x).permute(0, 3, 1, 2), 32) for c, x in clip["frames"].items()}
-    take = sample.Take("x", "lift the block", "", None, clip["frames"], clip["robot_obs"], 15)
+    take = sample.Take("x", "lift the block", "", None, clip["frames"], clip["robot_obs"], 15, 1)
     out, robot_obs = sample.foresee(model, pixels, take), torch.tensor(clip["robot_obs"])
     for t in range(len(robot_obs)):
         seen = slice(max(0, t + 1 - model.config.window), t + 1)
