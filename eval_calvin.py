@@ -156,6 +156,9 @@ class Baseline:
     def reset(self):
         pass
 
+    def awake(self, sentence):
+        return True
+
     def step(self, observation, sentence):
         if self.kind == "noop":
             return np.array([0, 0, 0, 0, 0, 0, observation["robot_obs"][14]], np.float32)
@@ -209,19 +212,21 @@ class Remote:
     """A worker's side of a policy that lives in the main process, where one model serves all workers."""
 
     def __init__(self, connection):
-        self.connection, self.fresh, self.awake = connection, True, True
+        self.connection = connection
+        self.reset()
 
     def reset(self):
-        self.fresh = self.awake = True
+        self.fresh, self.asleep_at = True, None
 
-    def looks(self, sentence):
-        return self.awake
+    def awake(self, sentence):
+        return sentence != self.asleep_at
 
     def step(self, observation, sentence):
         seen = {key: x for key, x in observation.items() if key.startswith("rgb") or key == "robot_obs"}
         self.connection.send(("step", (seen, sentence, self.fresh)))
         self.fresh = False
-        action, self.awake = self.connection.recv()
+        action, awake = self.connection.recv()
+        self.asleep_at = None if awake else sentence
         return action
 
     def foresight(self):
@@ -254,7 +259,7 @@ class Server:
         connections, observations, sentences, _ = zip(*steps)
         policies = [self.policies[connection] for connection in connections]
         actions = step_together(policies, observations, sentences)
-        awake = [policy.looks(sentence) for policy, sentence in zip(policies, sentences)]
+        awake = [policy.awake(sentence) for policy, sentence in zip(policies, sentences)]
         return found + list(zip(connections, zip(actions, awake)))
 
     def forget(self, connection):
@@ -262,7 +267,7 @@ class Server:
 
 
 def foresight(policy):
-    """What a policy predicts after its last step: (frames ahead, images), or None if it doesn't predict."""
+    """What a policy predicts after its last look: (steps ahead, images), or None if it doesn't predict."""
     if isinstance(policy, Remote):
         return policy.foresight()
     if isinstance(policy, Policy) and policy.model.config.video:
@@ -281,11 +286,12 @@ def follow(world, policy, task, sentence, args, film=None):
         policy.start(world, task)
     for step in range(1, args.steps + 1):
         begin = time.perf_counter()
+        seen = observation if policy.awake(sentence) else seen
         action = policy.step(observation, sentence)
         world.seconds["policy"] += time.perf_counter() - begin
         if film is not None and step % FILM_STEPS == 1:
-            film.append(shot(observation, policy, f"{sentence}, step {step}"))
-        world.look = draws and (film is not None or policy.looks(sentence))
+            film.append(shot(seen, policy, f"{sentence}, step {step}"))
+        world.look = draws and policy.awake(sentence)
         observation = world.step(action)
         world.look = draws
         if RULES[args.env].success(task, start, world.get_info()):

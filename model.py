@@ -99,8 +99,8 @@ def preset_config(name, stage="finetune", /, **changes):      # "/": so that cha
         return config
     if changes.get("robot") or changes.get("video") is False:
         raise ModelError("pre-training has no robot and always predicts video: leave these settings out")
-    first, near = list(config.cameras.items())[:1], {x: changes.get(x, 1) for x in ("future", "stride")}
-    return dataclasses.replace(config, cameras=dict(first), robot=False, video=True, **near)
+    return dataclasses.replace(config, cameras=dict([*config.cameras.items()][:1]), robot=False, video=True,
+                               future=changes.get("future", 1), stride=changes.get("stride", 1))
 
 
 def token_table(config):

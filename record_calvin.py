@@ -232,7 +232,7 @@ class ClipWriter:
     those that --actions says."""
 
     def __init__(self, args, index, scene):
-        self.shard = clips.ShardWriter(args.out, index, ["rgb_static", "rgb_gripper"])
+        self.shard = clips.ShardWriter(args.out, index, ["rgb_static", "rgb_gripper"], stride=args.stride)
         self.args, self.first = args, index * SESSIONS
 
     def add(self, session, task, sentence, frames, robot_obs, scene_obs, executed, achieved, meant):

@@ -730,6 +730,7 @@ def load_resume(config, learner, print_of_data, world):
     free = {"resume", "out", "init", "fresh", "workers", "log_every", "eval_every", "eval_batches", "compile",
             "wandb", "tensorboard", "tokenizer"} | ({"data"} if "clips" in state else set())
     now = settings(config, learner.model)
+    state["config"].setdefault("stride", 1)              # of runs from before GR-1 had a choice
     fixed = [key for key in state["config"] if key not in free]
     before, now = ({key: some.get(key) for key in fixed} for some in (state["config"], now))
     check_same(before, now, config.out, ": give the same, or another --out")

@@ -16,8 +16,8 @@ ANSWERS = (ROOT / "course/answers.md").read_text()
 
 # lesson, file, a line's text as it is, as it becomes, the test that notices
 BREAKS = [
-    (1, "nanogr/clips.py", "future_mask=steps + self.F * stride < lengths[:, None]",
-     "future_mask=steps + self.F * stride <= lengths[:, None]", "test_window_masks"),
+    (1, "nanogr/clips.py", "future_mask=steps + self.F * every < lengths[:, None]",
+     "future_mask=steps + self.F * every <= lengths[:, None]", "test_window_masks"),
     (2, "model.py", "column[None, :] // context <= query_steps[:, None]",
      "column[None, :] // context < query_steps[:, None]", "test_mask_is_the_drawn_one"),
     (4, "model.py", "opened = (target[..., -1] > 0).float()", "opened = (target[..., -1] < 0).float()",

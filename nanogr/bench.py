@@ -343,7 +343,8 @@ def acting_calls(ours, theirs, device):
 
     The original takes the whole window anew: it encodes every frame and the sentence, and asks every [ACT].
     """
-    config, sentence, policy = ours.config, "open the drawer", Policy(ours)
+    config, sentence = ours.config, "open the drawer"
+    policy = Policy(ours, execute=ours.config.stride)                           # sees timesteps alone
     theirs.config = dataclasses.replace(config, video=False)                     # it asks no [OBS] either
     frames = {c: torch.randint(256, (config.window, side, side, 3), dtype=torch.uint8)
               for c, side in config.cameras.items()}

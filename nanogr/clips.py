@@ -81,13 +81,12 @@ def shard_is_done(directory, index):
     return (pathlib.Path(directory) / f"{index:05d}.npz").exists()
 
 
-def check_clip(cameras, frames, sentence, robot_obs, rel_actions):
-    """Raise ValueError unless a clip's parts fit; return its kind: (sizes [H, W], actions a frame)."""
+def check_clip(cameras, frames, sentence, robot_obs, rel_actions, stride):
+    """Raise ValueError unless a clip's parts fit; return its kind: (sizes [H, W], has actions)."""
     if set(frames) != set(cameras) or not isinstance(sentence, str):
         raise ValueError(f"need frames of {cameras} and a str, not {list(frames)} and {sentence!r}")
     L = len(frames[cameras[0]])
     parts = [(name, images, "uint8", (L, *images.shape[1:3], 3)) for name, images in frames.items()]
-    stride = 1 if rel_actions is None else max(1, len(rel_actions) // max(1, L))
     parts += [("robot_obs", robot_obs, "float32", (L, OBS_DIM)),
               ("rel_actions", rel_actions, "float32", (L * stride, ACTION_DIM))]
     for name, values, dtype, shape in parts:
@@ -97,7 +96,7 @@ def check_clip(cameras, frames, sentence, robot_obs, rel_actions):
         raise ValueError("robot_obs and rel_actions come together or not at all")
     if robot_obs is not None and not (np.isfinite(robot_obs).all() and not np.isinf(rel_actions).any()):
         raise ValueError("robot_obs must be finite; so must rel_actions, except for NaN where none is known")
-    return [list(frames[name].shape[1:3]) for name in cameras], stride * (robot_obs is not None)
+    return [list(frames[name].shape[1:3]) for name in cameras], robot_obs is not None
 
 
 class ShardWriter:
@@ -105,12 +104,13 @@ class ShardWriter:
 
     `cameras`: names, in the order in which a step stores them. `quality`, `subsampling` are the JPEGs': "444"
     keeps CALVIN's saturated blocks sharp, "420" is smaller and enough for video, which had it before.
+    `stride`: the robot's steps, and so its actions, from one frame to the next.
     """
 
-    def __init__(self, directory, index, cameras, quality=95, subsampling="444"):
+    def __init__(self, directory, index, cameras, quality=95, subsampling="444", stride=1):
         self.path, self.cameras = pathlib.Path(directory) / f"{index:05d}.npz", list(cameras)
         self.jpeg = dict(quality=quality, colorspace="RGB", colorsubsampling=subsampling)
-        self.kind, self.offsets, self.bounds, self.clips = None, [0], [0], []
+        self.kind, self.offsets, self.bounds, self.clips, self.stride = None, [0], [0], [], stride
         self.rows = [np.zeros((0, OBS_DIM), np.float32)], [np.zeros((0, ACTION_DIM), np.float32)]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.temp = temp_path(self.path.with_suffix(".bin"))
@@ -119,10 +119,10 @@ class ShardWriter:
     def add(self, frames, sentence, task="", episode=0, robot_obs=None, rel_actions=None):
         """Append a clip of L steps; ValueError if a shape or dtype is wrong or not that of earlier clips.
 
-        frames {camera: uint8 (L, H, W, 3)}; robot_obs float32 (L, 15), rel_actions float32 (L * S, 7), S a
-        frame, or none; episode: the number of the recording, so that `split` never parts two clips of one.
+        frames {camera: uint8 (L, H, W, 3)}; robot_obs float32 (L, 15), rel_actions float32 (L * S, 7), S =
+        stride, or none; episode: the number of the recording, so that `split` never parts two clips of one.
         """
-        kind = check_clip(self.cameras, frames, sentence, robot_obs, rel_actions)
+        kind = check_clip(self.cameras, frames, sentence, robot_obs, rel_actions, self.stride)
         if self.kind not in (None, kind):
             raise ValueError(f"a shard's clips agree in sizes and actions: {self.kind} before, now {kind}")
         crc = 0
@@ -216,7 +216,8 @@ def write_meta(directory, source, fps, command, **extra):
                   bytes=sum(int(shard["offsets"][-1]) for shard in full))
     tasks = collections.Counter(task for shard in full for task in shard["tasks"].tolist() if task)
     meta = dict(format_version=FORMAT_VERSION, source=source, cameras=kinds[0][0], fps=fps, counts=counts,
-                has_actions=kinds[0][1] > 0, tasks=dict(sorted(tasks.items())), command=command, **extra)
+                has_actions=kinds[0][1] > 0, stride=max(1, kinds[0][1]), tasks=dict(sorted(tasks.items())),
+                command=command, **extra)
     write_whole(directory / "meta.json", json.dumps(meta, indent=1).encode())
     for stale in directory.glob("[0-9]*.*.tmp"):       # of killed writers: all shards are done by now
         stale.unlink(missing_ok=True)
@@ -245,7 +246,7 @@ def read_arrays(path):
 
 
 def actions_a_frame(shard):
-    """Of a shard's arrays; 0: no robot made them."""
+    """Of a shard's arrays; 0: no robot made it."""
     return len(shard["rel_actions"]) // max(1, len(shard["robot_obs"]))
 
 
@@ -267,7 +268,8 @@ def load_shard(directory, index):
             and len(offsets) == bounds[-1] * len(shard["cameras"]) + 1 and offsets[0] == bounds[0] == 0
             and (np.diff(offsets) > 0).all() and (np.diff(bounds) > 0).all()
             and len(shard["robot_obs"]) in (0, bounds[-1])
-            and len(shard["rel_actions"]) == actions_a_frame(shard) * bounds[-1])
+            and len(shard["rel_actions"]) == len(shard["robot_obs"]) * actions_a_frame(shard)
+            and (actions_a_frame(shard) > 0) == (len(shard["robot_obs"]) > 0))
     if not fits or size != offsets[-1]:
         said = offsets[-1] if offsets.size else "nothing"
         raise UserError(f"{npz.with_suffix('.bin')} has {size} bytes, but {npz.name} says {said}: one is cut "
@@ -369,13 +371,15 @@ class Clips:
         self.has_actions, self.fps = self.meta["has_actions"], self.meta["fps"]
         self.cameras = {name: tuple(size) for name, size in self.meta["cameras"].items()}
         self.shards = [load_shard(directory, index) for index in range(self.meta["counts"]["shards"])]
-        self.stride = max(1, *map(actions_a_frame, self.shards))
+        self.stride = self.meta.get("stride", 1)
         self.sentences = [text for shard in self.shards for text in shard.pop("sentences").tolist()]
         self.tasks = [text for shard in self.shards for text in shard.pop("tasks").tolist()]
         self.episodes = np.concatenate([shard["episodes"] for shard in self.shards])
         self.lengths = np.concatenate([np.diff(shard["bounds"]) for shard in self.shards])
         self.first = np.cumsum([0] + [len(shard["episodes"]) for shard in self.shards])   # clip of each shard
-        if len(self) != self.meta["counts"]["clips"]:
+        if len(self) != self.meta["counts"]["clips"] or any(
+                actions_a_frame(shard) != self.stride * self.has_actions
+                for shard in self.shards if len(shard["episodes"])):
             raise UserError(f"{directory}: shards and meta.json differ; run the command that made it again")
 
     def __len__(self):
@@ -392,7 +396,7 @@ class Clips:
         """Of a model that looks at every `stride`-th step; UserError if frames lie too far apart for it."""
         if stride % self.stride:
             raise UserError(f"{self.directory} has a frame every {self.stride} steps, no use to a model that "
-                            f"looks every {stride}: give --stride {self.stride}, or a multiple")
+                            f"looks every {stride}: train with --stride {self.stride}, or a multiple")
         return stride // self.stride
 
     def rows(self, i):
@@ -409,7 +413,17 @@ class Clips:
         """
         number, begin, end = self.find(i)
         stop = end - begin if count is None else min(start + count, end - begin)
-        if not 0 <= start < stop:
+        frames = self.pictures(i, start, stop, cameras=cameras)
+        if not self.has_actions:
+            return dict(frames=frames, robot_obs=None, rel_actions=None)
+        robot_obs, rel_actions = self.rows(i)
+        return dict(frames=frames, robot_obs=robot_obs[start:stop],
+                    rel_actions=rel_actions[self.stride * start:self.stride * stop])
+
+    def pictures(self, i, start, stop, every=1, cameras=None):
+        """Read every so many-th frame of clip i: -> {camera: uint8 (n, H, W, 3)}, see read."""
+        number, begin, end = self.find(i)
+        if not 0 <= start < stop <= end - begin:
             raise IndexError(f"frames {start} to {stop} of clip {i}, which has {end - begin}")
         C = len(self.cameras)
         offsets = self.shards[number]["offsets"][(begin + start) * C:(begin + stop) * C + 1]
@@ -421,13 +435,9 @@ class Clips:
         frames = {}
         for c, (name, size) in enumerate(self.cameras.items()):
             if cameras is None or name in cameras:
-                jpegs = [data[offsets[k]:offsets[k + 1]] for k in range(c, len(offsets) - 1, C)]
+                jpegs = [data[offsets[k]:offsets[k + 1]] for k in range(c, len(offsets) - 1, C * every)]
                 frames[name] = self.decode(jpegs, size, f"shard {number:05d}, clip {i}, camera {name}")
-        if not self.has_actions:
-            return dict(frames=frames, robot_obs=None, rel_actions=None)
-        robot_obs, rel_actions = self.rows(i)
-        return dict(frames=frames, robot_obs=robot_obs[start:stop],
-                    rel_actions=rel_actions[self.stride * start:self.stride * stop])
+        return frames
 
     def decode(self, jpegs, size, where):
         """Decode n JPEGs to uint8 (n, H, W, 3)."""
@@ -487,9 +497,9 @@ class Windows(torch.utils.data.Dataset):
     B windows of T steps, each from a clip drawn uniformly from `ids`, short or long. Its start is uniform in
     [-(T-1), L-1], then clipped to [0, L-T]: thus a clip's ends are seen about as often as its middle (T times
     less without the overhang). Only a clip shorter than T is padded: with zeros, after its real steps.
-    F more frames are read for targets: frames[:, t + F] is what step t predicts. With `every` > 1 a step is
-    so many frames after the one before, and so are the F; for T read (T-1) every + 1 above. Actions are one a
-    step of the robot, of which clips may have several a frame.
+    F more frames are read for targets: frames[:, t + F] is what step t predicts. With `stride` > 1 a step is
+    so many steps of the robot after the one before, and so are the F; of frames that lie S of these apart T
+    above is (T-1) stride / S + 1. Actions are those of all steps of the robot.
 
     With per_clip W > 1, W windows that start one step after the other are cut from each clip and share its
     frames, a run of N = T+W-1 steps that is stored once. The starts are drawn and clipped as above, so that
@@ -572,9 +582,8 @@ class Windows(torch.utils.data.Dataset):
         frames = {name: np.zeros((len(ids), count, *self.clips.cameras[name], 3), np.uint8)
                   for name in self.cameras}
         for b, (i, start) in enumerate(zip(ids.tolist(), starts.tolist())):
-            seen = self.clips.read(i, start, (count - 1) * every + 1, self.cameras)["frames"]
-            for name, images in seen.items():
-                images = images[::every]
+            stop = min(start + (count - 1) * every + 1, int(self.clips.lengths[i]))
+            for name, images in self.clips.pictures(i, start, stop, every, self.cameras).items():
                 frames[name][b, :len(images)] = images
         return {name: torch.from_numpy(images).permute(0, 1, 4, 2, 3) for name, images in frames.items()}
 
@@ -647,8 +656,9 @@ def summary(directory):
     """Return lines that say what a data set claims to hold."""
     meta = load_meta(directory)
     cameras = ", ".join(f"{name} {height} x {width}" for name, (height, width) in meta["cameras"].items())
-    actions = "with actions" if meta["has_actions"] else "no actions"
-    return [f"{directory}: {meta['source']}, {cameras}, {meta['fps']} fps, {actions}",
+    several = f"{meta.get('stride', 1)} actions a frame" if meta.get("stride", 1) > 1 else "with actions"
+    actions = several if meta["has_actions"] else "no actions"
+    return [f"{directory}: {meta['source']}, {cameras}, {meta['fps']:g} fps, {actions}",
             "  {clips:,} clips, {frames:,} frames, {bytes:,} bytes, {shards} shards".format(**meta["counts"]),
             *(f"  {count:7,} {task}" for task, count in meta["tasks"].items())]
 

@@ -67,7 +67,7 @@ class Policy:
         """The window's timesteps of the history, ending now."""
         return list(self.history)[::-self.every][::-1]
 
-    def looks(self, sentence):
+    def awake(self, sentence):
         """Whether the next step needs an observation; else it does what was planned, whatever is there."""
         return not (self.blinks and self.plan and sentence == self.sentence)
 
@@ -79,7 +79,8 @@ class Policy:
         return step_together([self], [observation], [sentence])[0]
 
     def actions(self, observation, sentence):
-        """Like step, for the whole predicted chunk: arm (K, 6) and gripper logits (K,) as numpy arrays."""
+        """Like step, for the whole predicted chunk: arm (K, 6) and gripper logits (K,) as numpy arrays. Who
+        executes as many as a timestep has steps must see timesteps alone here."""
         arm, gripper = act_together([self], [observation], [sentence])
         return arm[0], gripper[0]
 
@@ -87,6 +88,8 @@ class Policy:
         """Take in one more step: frames {camera: (1, 3, H, W)}, encoded images (., D) and state (D,)."""
         if sentence != self.sentence:
             self.sentence, self.language = sentence, self.model.encode_language([sentence])
+            if self.blinks and self.plan:                # it was not to look yet: no timestep lies so near
+                self.history.clear()
             self.plan.clear()
             self.chunks.clear()
         self.frames = frames
@@ -127,7 +130,7 @@ def step_together(policies, observations, sentences):
     """The actions (7,) of B policies of one model after one more observation each; who still has actions of
     an earlier chunk to execute is not asked.
     """
-    awake = [each for each in zip(policies, observations, sentences) if each[0].looks(each[2])]
+    awake = [each for each in zip(policies, observations, sentences) if each[0].awake(each[2])]
     if awake:
         look_together(*zip(*awake))
     asked = [policy for policy in policies if not policy.plan]

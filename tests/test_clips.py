@@ -233,9 +233,10 @@ def test_a_robot_filmed_at_every_fourth_step(tmp_path):
     for index, steps in enumerate((22, 9)):
         clip, n = make_clip(index, steps), -(-steps // 4)
         last = np.full((4 * n - steps, 7), np.nan, np.float32)
-        write_shard(tmp_path, index, clip | dict(
-            frames={camera: x[::4] for camera, x in clip["frames"].items()}, robot_obs=clip["robot_obs"][::4],
-            rel_actions=np.concatenate([clip["rel_actions"], last])))
+        with clips.ShardWriter(tmp_path, index, CAMERAS, stride=4) as writer:
+            writer.add(**clip | dict(
+                frames={camera: x[::4] for camera, x in clip["frames"].items()},
+                robot_obs=clip["robot_obs"][::4], rel_actions=np.concatenate([clip["rel_actions"], last])))
     clips.write_meta(tmp_path, "test", 7.5, "a command")
     data = clips.Clips(tmp_path)
     assert data.stride == 4 and data.lengths.tolist() == [6, 3] and not clips.check(tmp_path)
@@ -250,10 +251,13 @@ def test_a_robot_filmed_at_every_fourth_step(tmp_path):
                 known = batch["action_mask"][:, :, k]
                 assert torch.equal(batch["rel_actions"][:, :, k, 0][known], -(first + k)[known])
     for stride in 2, 6:
-        assert refused("give --stride 4", clips.Windows, data, [0], 8, 3, 1, CAMERAS, stride=stride)
-    broken = make_clip(0, 6) | dict(rel_actions=np.zeros((13, 7), np.float32))
-    with pytest.raises(ValueError, match="rel_actions must be"):
-        write_shard(tmp_path / "broken", 0, broken)
+        assert refused("train with --stride 4", clips.Windows, data, [0], 8, 3, 1, CAMERAS, stride=stride)
+    for actions in 13, 12:                               # twice as many are no stride that was asked for
+        with pytest.raises(ValueError, match="rel_actions must be"):
+            write_shard(tmp_path / "broken", 0, make_clip(0, 6) | dict(
+                rel_actions=np.zeros((actions, 7), np.float32)))
+    write_shard(tmp_path, 1, make_clip(1, 3))            # a shard made anew, otherwise
+    assert refused("shards and meta.json differ", clips.Clips, tmp_path)
 
 
 def test_shared_frames_change_no_loss(tmp_path):

@@ -46,8 +46,10 @@ def test_a_policy_that_looks_at_every_third_step():
         sentence = "open the drawer" if step < 21 else "lift the block"
         picture = partial(rng.integers, 0, 256, (32, 32, 3), np.uint8)
         observation = dict(rgb_static=picture(), rgb_gripper=picture(), robot_obs=rng.normal(size=15))
-        if acting.looks(sentence):
+        if acting.awake(sentence):
             looked.append(step)
+            if step == 21:                               # amid a plan, and so between timesteps
+                seen.clear()
             seen.append(observation)
         awake = looked[-1] == step
         action = acting.step(observation if awake else None, sentence)

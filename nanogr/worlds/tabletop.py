@@ -63,6 +63,7 @@ class Tabletop:
         self.scene, self.fixtures = scene, SCENES[scene]
         self.rng = np.random.default_rng(seed)
         self.hand, self.pace, self.size = hand, pace, size
+        self.look = True                               # False: nothing is drawn, for nobody looks
         self.seconds = Counter()                       # what eval_calvin.py measures, by part
         self.reset(render=False)
 
@@ -131,7 +132,7 @@ class Tabletop:
     def observe(self, render=True):
         """dict: robot_obs (15,), scene_obs (24,), uint8 rgb_static (64,64,3), rgb_gripper (32,32,3)."""
         robot, scene = self.state()
-        pictures = dict(zip(("rgb_static", "rgb_gripper"), draw(self))) if render else {}
+        pictures = dict(zip(("rgb_static", "rgb_gripper"), draw(self))) if render and self.look else {}
         return dict(pictures, robot_obs=robot, scene_obs=scene)
 
     def get_info(self):
