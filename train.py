@@ -689,7 +689,7 @@ def equip(model, config, world):
         net = DistributedDataParallel(model, gradient_as_bucket_view=True)
         net.broadcast_buffers = False                    # constant tables; torch warns of the argument
     autocast = torch.autocast(world.device.type, torch.bfloat16) if bf16 else nullcontext()
-    if bf16 and world.device.type == "cpu":              # the flag is for CPUs too, where the fused attention's
+    if bf16 and not gpu:                                 # the flag is for CPUs too, whose fused attention's
         torch.backends.cuda.enable_flash_sdp(False)      # backward in bf16 takes seven times as long as plain
     return Learner(model, net, parameters, optimizer, autocast, compiled)
 
