@@ -279,19 +279,20 @@ def foresight(policy):
 def follow(world, policy, task, sentence, args, film=None):
     """Let the policy try one instruction: -> steps until the oracle says yes, or None. `film`, a list, takes
     what was seen and foreseen now and then."""
-    draws = world.look
+    draws, awake = world.look, True
     start, observation = world.get_info(), world.observe()
     policy.reset()
     if isinstance(policy, Scripted):
         policy.start(world, task)
     for step in range(1, args.steps + 1):
         begin = time.perf_counter()
-        seen = observation if policy.awake(sentence) else seen
+        seen = observation if awake else seen
         action = policy.step(observation, sentence)
+        awake = policy.awake(sentence)
         world.seconds["policy"] += time.perf_counter() - begin
         if film is not None and step % FILM_STEPS == 1:
             film.append(shot(seen, policy, f"{sentence}, step {step}"))
-        world.look = draws and policy.awake(sentence)
+        world.look = draws and awake
         observation = world.step(action)
         world.look = draws
         if RULES[args.env].success(task, start, world.get_info()):

@@ -236,11 +236,11 @@ class ClipWriter:
         self.args, self.first = args, index * SESSIONS
 
     def add(self, session, task, sentence, frames, robot_obs, scene_obs, executed, achieved, meant):
-        stride, rows = self.args.stride, dict(executed=executed, achieved=achieved, meant=meant)
-        rows = rows[self.args.actions]
-        rows = np.concatenate([rows, np.full((-len(rows) % stride, 7), np.nan)])      # of the last frame too
+        rows, stride = dict(executed=executed, achieved=achieved, meant=meant), self.args.stride
+        rows = np.pad(rows[self.args.actions].astype(np.float32), [(0, -len(meant) % stride), (0, 0)],
+                      constant_values=np.nan)                  # so many of the last frame too
         self.shard.add(frames=frames, sentence=sentence, task=task, episode=self.first + session,
-                       robot_obs=robot_obs[::stride].astype(np.float32), rel_actions=rows.astype(np.float32))
+                       robot_obs=robot_obs[::stride].astype(np.float32), rel_actions=rows)
 
     def __enter__(self):
         self.shard.__enter__()

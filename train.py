@@ -140,7 +140,7 @@ STOP = []                        # when Ctrl-C and SIGTERM came [s]
 # Model settings worth a flag of their own; --model KEY=VALUE reaches the others (see model.GR1Config).
 MODEL_FLAGS = {
     "--window": ("window", dict(type=int, help="timesteps that the model sees")),
-    "--future-step": ("future", dict(type=int, help="so many frames ahead is foreseen")),
+    "--future-step": ("future", dict(type=int, help="so many timesteps ahead is foreseen")),
     "--stride": ("stride", dict(type=int, help="the robot's steps from one timestep to the next")),
     "--chunk": ("chunk", dict(type=int, help="so many actions are predicted at each timestep, one a step")),
     "--no-video": ("video", dict(action="store_false", help="the paper's ablation without [OBS]")),

@@ -345,6 +345,7 @@ def load_meta(directory):
         raise UserError(f"{directory} has no meta.json, so it is no data set; "
                         f"{looks_like(directory) or makers}")
     meta = read_json(path, "run the command that made it again")
+    meta.setdefault("stride", 1)                         # of before a robot could be filmed now and then
     version, sides = meta.get("format_version"), meta.get("cameras")
     if version != FORMAT_VERSION:
         raise UserError(f"{directory} has format version {version}, not {FORMAT_VERSION}: make it again")
@@ -371,7 +372,7 @@ class Clips:
         self.has_actions, self.fps = self.meta["has_actions"], self.meta["fps"]
         self.cameras = {name: tuple(size) for name, size in self.meta["cameras"].items()}
         self.shards = [load_shard(directory, index) for index in range(self.meta["counts"]["shards"])]
-        self.stride = self.meta.get("stride", 1)
+        self.stride = self.meta["stride"]
         self.sentences = [text for shard in self.shards for text in shard.pop("sentences").tolist()]
         self.tasks = [text for shard in self.shards for text in shard.pop("tasks").tolist()]
         self.episodes = np.concatenate([shard["episodes"] for shard in self.shards])
@@ -411,19 +412,19 @@ class Clips:
         -> dict(frames={camera: uint8 (n, H, W, 3)}, robot_obs (n, 15), rel_actions (n * S, 7); the last two
         None without a robot). `cameras`: decode these alone. UserError if a JPEG is broken.
         """
-        number, begin, end = self.find(i)
-        stop = end - begin if count is None else min(start + count, end - begin)
-        frames = self.pictures(i, start, stop, cameras=cameras)
+        frames = self.pictures(i, start, count, cameras)
         if not self.has_actions:
             return dict(frames=frames, robot_obs=None, rel_actions=None)
         robot_obs, rel_actions = self.rows(i)
+        stop = len(robot_obs) if count is None else start + count
         return dict(frames=frames, robot_obs=robot_obs[start:stop],
                     rel_actions=rel_actions[self.stride * start:self.stride * stop])
 
-    def pictures(self, i, start, stop, every=1, cameras=None):
-        """Read every so many-th frame of clip i: -> {camera: uint8 (n, H, W, 3)}, see read."""
+    def pictures(self, i, start=0, count=None, cameras=None, every=1):
+        """The frames of `read`, {camera: uint8 (n, H, W, 3)}, or `count` that lie `every` frames apart."""
         number, begin, end = self.find(i)
-        if not 0 <= start < stop <= end - begin:
+        stop = end - begin if count is None else min(start + (count - 1) * every + 1, end - begin)
+        if not 0 <= start < stop:
             raise IndexError(f"frames {start} to {stop} of clip {i}, which has {end - begin}")
         C = len(self.cameras)
         offsets = self.shards[number]["offsets"][(begin + start) * C:(begin + stop) * C + 1]
@@ -578,24 +579,23 @@ class Windows(torch.utils.data.Dataset):
         """Return {camera: uint8 (B/W, N+F, 3, H, W)}, as views of (..., H, W, 3): turning the bytes round is
         the device's work. numpy fills them: torch's threads cost more here.
         """
-        count, every = self.T + self.W - 1 + self.F, self.every
+        count = self.T + self.W - 1 + self.F
         frames = {name: np.zeros((len(ids), count, *self.clips.cameras[name], 3), np.uint8)
                   for name in self.cameras}
         for b, (i, start) in enumerate(zip(ids.tolist(), starts.tolist())):
-            stop = min(start + (count - 1) * every + 1, int(self.clips.lengths[i]))
-            for name, images in self.clips.pictures(i, start, stop, every, self.cameras).items():
+            for name, images in self.clips.pictures(i, start, count, self.cameras, self.every).items():
                 frames[name][b, :len(images)] = images
         return {name: torch.from_numpy(images).permute(0, 1, 4, 2, 3) for name, images in frames.items()}
 
     def frames_as_codes(self, ids, starts):
         """Return {camera: int32 (B/W, N+F, P)}."""
-        count, every = self.T + self.W - 1 + self.F, self.every
+        count = self.T + self.W - 1 + self.F
         codes = {name: np.zeros((len(ids), count, self.codes[0][name].shape[1]), np.int32)
                  for name in self.cameras}
         for b, (i, start) in enumerate(zip(ids.tolist(), starts.tolist())):
             number, begin, end = self.clips.find(i)
             for name in self.cameras:
-                rows = self.codes[number][name][begin + start:end:every][:count]
+                rows = self.codes[number][name][begin + start:end:self.every][:count]
                 codes[name][b, :len(rows)] = rows
         return {name: torch.from_numpy(rows) for name, rows in codes.items()}
 
@@ -656,8 +656,8 @@ def summary(directory):
     """Return lines that say what a data set claims to hold."""
     meta = load_meta(directory)
     cameras = ", ".join(f"{name} {height} x {width}" for name, (height, width) in meta["cameras"].items())
-    several = f"{meta.get('stride', 1)} actions a frame" if meta.get("stride", 1) > 1 else "with actions"
-    actions = several if meta["has_actions"] else "no actions"
+    actions = f"{meta['stride']} actions a frame" if meta["stride"] > 1 else \
+        "with actions" if meta["has_actions"] else "no actions"
     return [f"{directory}: {meta['source']}, {cameras}, {meta['fps']:g} fps, {actions}",
             "  {clips:,} clips, {frames:,} frames, {bytes:,} bytes, {shards} shards".format(**meta["counts"]),
             *(f"  {count:7,} {task}" for task, count in meta["tasks"].items())]
