@@ -67,6 +67,7 @@ class Expert:
         self.grip = 1                      # what the gripper was told last: 1 open, -1 closed
         self.grasp_pitch = 0.0             # of what it holds
         self.unfinished = None             # a motion that the oracle's yes interrupted
+        self.leaves = {}                   # where it leaves a door: {name: state}
 
     # ---- what it sees
 
@@ -82,6 +83,10 @@ class Expert:
 
     def door(self, name):
         return self.world.info["scene_info"]["doors"][f"base__{name}"]["current_state"]
+
+    def door_soon(self, name):
+        """Where a door will be when what is unfinished is done: the next task begins with that."""
+        return self.leaves.get(name, self.door(name))
 
     def held(self):
         """The block that hangs in the gripper, or None."""
@@ -154,7 +159,7 @@ class Expert:
     def finish(self):
         if self.unfinished is not None:
             yield from self.unfinished()
-            self.unfinished = None
+            self.unfinished, self.leaves = None, {}
 
     def settle(self):
         """Command the pose that the arm has. Actions add to the last command, which no state tells: where it
@@ -163,9 +168,9 @@ class Expert:
         _, pitch, yaw = robot["tcp_orn"]
         yield from self.go(robot["tcp_pos"], yaw=yaw, pitch=pitch, patience=2)
 
-    def finish_with(self, *motion, **options):
-        """Do the motion now, and whatever is left of it before the next task."""
-        self.unfinished = functools.partial(self.go, *motion, **options)
+    def finish_with(self, *motion, leaves, **options):
+        """Do the motion now, and what is left of it at the next task's start. leaves: {door: its state then}."""
+        self.unfinished, self.leaves = functools.partial(self.go, *motion, **options), leaves
         yield from self.finish()
 
     # ---- blocks
@@ -333,7 +338,8 @@ class Expert:
         x, y = self.fixtures.drawer_x + self.rng.uniform(-0.03, 0.03), -0.212 - self.door("drawer")
         yield from self.go([x, y, 0.48], yaw=ACROSS, near=0.015)
         yield from self.go([x, y, 0.36], yaw=ACROSS, speed=self.slow, near=0.008)     # hooks it from inside
-        yield from self.finish_with([x, -0.44, 0.36], yaw=ACROSS, speed=self.slow, patience=3)
+        yield from self.finish_with([x, -0.44, 0.36], yaw=ACROSS, speed=self.slow, patience=3,
+                                    leaves=dict(drawer=0.44 - 0.212))
 
     def close_drawer(self):
         yield from self.clear()
@@ -341,7 +347,8 @@ class Expert:
         x, y = self.fixtures.drawer_x + self.rng.uniform(-0.03, 0.03), -0.307 - self.door("drawer")
         yield from self.go([x, y, 0.48], yaw=ACROSS, near=0.015)
         yield from self.go([x, y, 0.365], yaw=ACROSS, speed=self.slow, near=0.01)
-        yield from self.finish_with([x, -0.242, 0.365], yaw=ACROSS, speed=self.slow, patience=3)
+        yield from self.finish_with([x, -0.242, 0.365], yaw=ACROSS, speed=self.slow, patience=3,
+                                    leaves=dict(drawer=0))
 
     def move_slider(self, side):
         # side: 1 to the right. The handle is pushed from its other side; the door's joint grows to the left.
@@ -352,8 +359,9 @@ class Expert:
         yield from self.go([x, -0.12, 0.55], yaw=ACROSS, near=0.02)
         yield from self.go([x, -0.09, 0.50], yaw=ACROSS, near=0.02)
         yield from self.go([x, -0.03, 0.50], yaw=ACROSS, speed=self.slow, near=0.01)
-        end = handle - (travel if side < 0 else 0) - side * 0.03
-        yield from self.finish_with([end, -0.03, 0.50], yaw=ACROSS, speed=self.slow, near=0.01, patience=3)
+        end = travel if side < 0 else 0
+        yield from self.finish_with([handle - end - side * 0.03, -0.03, 0.50], yaw=ACROSS, speed=self.slow,
+                                    near=0.01, patience=3, leaves=dict(slide=end))
 
     def press_button(self):
         yield from self.clear(0.52)
@@ -414,14 +422,14 @@ class Expert:
 # ------------------------------------------------------------------------------ which tasks make sense
 def accessible(expert, side):
     """Whether the door leaves this side of the cabinet open."""
-    state, travel = expert.door("slide"), expert.fixtures.door_travel
+    state, travel = expert.door_soon("slide"), expert.fixtures.door_travel
     return state < 0.02 if side == "left" else state > travel - 0.02
 
 
 def with_full_hands(expert, held):
     """The tasks that make sense with a block in the gripper."""
     others = [name for name in BLOCKS if name != held]
-    tasks = ["place_in_drawer"] if expert.door("drawer") > 0.18 else []
+    tasks = ["place_in_drawer"] if expert.door_soon("drawer") > 0.18 else []
     if any(accessible(expert, side) and all(expert.where(name) != side for name in others)
            for side in ("left", "right")):
         tasks.append("place_in_slider")
@@ -432,8 +440,8 @@ def with_full_hands(expert, held):
 
 def with_fixtures(expert):
     lights = expert.world.info["scene_info"]["lights"]
-    return ["open_drawer" if expert.door("drawer") < 0.05 else "close_drawer",
-            "move_slider_right" if expert.door("slide") > expert.fixtures.door_travel - 0.05
+    return ["open_drawer" if expert.door_soon("drawer") < 0.05 else "close_drawer",
+            "move_slider_right" if expert.door_soon("slide") > expert.fixtures.door_travel - 0.05
             else "move_slider_left",
             *(f"turn_{'off' if light['logical_state'] else 'on'}_{name}" for name, light in lights.items())]
 
@@ -454,7 +462,7 @@ def with_block(expert, name):
     """The tasks that make sense with one block, which nothing stands on."""
     place, where = expert.block(name)[0], expert.where(name)
     if where == "drawer":
-        return [f"lift_{name}_block_drawer"] if expert.door("drawer") > 0.18 and place[2] < 0.4 else []
+        return [f"lift_{name}_block_drawer"] if expert.door_soon("drawer") > 0.18 and place[2] < 0.4 else []
     if where in ("left", "right"):
         return [f"lift_{name}_block_slider"] if accessible(expert, where) and place[1] > 0.05 else []
     others = [expert.block(b)[0][:2] for b in BLOCKS if b != name and expert.where(b) == "table"]
@@ -464,7 +472,8 @@ def with_block(expert, name):
     tasks = [f"lift_{name}_block_table", f"rotate_{name}_block_left", f"rotate_{name}_block_right"]
     tasks += [f"push_{name}_block_{word}" for word, side in (("left", -1), ("right", 1))
               if can_be_pushed(expert, name, side)]
-    if expert.door("drawer") > 0.18 and abs(place[0] - expert.fixtures.drawer_x) < 0.17 and place[1] < -0.06:
+    under = abs(place[0] - expert.fixtures.drawer_x) < 0.17 and place[1] < -0.06     # in front of the drawer
+    if under and expert.door_soon("drawer") > 0.18:
         tasks.append("push_into_drawer")
     return tasks
 
