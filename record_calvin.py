@@ -48,7 +48,7 @@ def start_play(world, seed):
     return world.reset(seen["robot_obs"], scene, seed)
 
 
-FREE = (-0.25, -0.25, 0.57), (0.25, -0.12, 0.68)         # a box where nothing is in the arm's way [m]
+FREE = (-0.3, -0.35, 0.57), (0.3, -0.12, 0.68)           # a box where nothing is in the arm's way [m]
 
 Demo = namedtuple("Demo", "task done steps")
 # pose: of all joints and bodies, see `pose_of`; executed: rel_actions, with noise and drags; meant: without
@@ -59,24 +59,31 @@ def demonstrate(world, expert, task, rng, noise=0, drags=0, remember=lambda worl
                 longest=calvin.STEPS):
     """Let the expert do the task: -> Demo, whose steps go one to three beyond the success.
 
-    noise: standard deviation added to the expert's fast motions. drags: chance, at each of them that starts
-    above the table, that something drags the arm to a random place of FREE for 5 to 15 steps, once. The
-    expert makes up for both: so it is seen to come from many places, and what it means to do next does not
-    follow from what was done last.
+    noise: standard deviation added to the expert's fast motions. drags: chance, at each step of a motion, that
+    something moves the arm aside, once while it is fast and above the table, to a random place of FREE with
+    the hand turned, for 5 to 15 steps; and once while it is slow, 1 to 3 cm in 2 or 3 steps. The expert makes
+    up for all, tries again what it missed: so it is seen to come from many places, and what it means to do
+    next does not follow from what was done last.
     """
     start, steps, done, left = world.get_info(), [], False, int(rng.integers(1, 4))
-    observation, dragged = world.observe(), None               # for so many steps more; None: not yet
+    observation, dragged, to_come = world.observe(), 0, {"far", "near"}       # dragged: for so many steps more
     for action in expert.perform(task):
         if len(steps) == longest or (done and left == 0):
             break
         left -= done
-        executed, (_, y, z) = np.array(action, float), expert.robot.target_pos
-        fast = np.abs(action[:3]).max() > expert.slow
-        if drags and dragged is None and fast and y < -0.1 and z > 0.5 and rng.random() < drags:
-            dragged, away = int(rng.integers(5, 16)), rng.uniform(*FREE)
+        executed, place, speed = np.array(action, float), expert.robot.target_pos, np.abs(action[:3]).max()
+        fast = speed > expert.slow
+        kind = "near" if 0 < speed <= expert.slow else "far" if place[1] < -0.1 and place[2] > 0.5 else ""
+        if kind in to_come and not dragged and rng.random() < drags:
+            to_come.remove(kind)
+            if kind == "far":
+                dragged, away, turn = int(rng.integers(5, 16)), rng.uniform(*FREE), rng.uniform(-1, 1, 3)
+            else:
+                angle, dragged, turn = rng.uniform(0, 2 * np.pi), int(rng.integers(2, 4)), 0
+                away = place + rng.uniform(0.01, 0.03) * np.array([np.cos(angle), np.sin(angle), 0.3])
         if dragged:
-            dragged, way = dragged - 1, (away - expert.robot.target_pos) / 0.02
-            executed[:3], executed[3:6] = way / max(1, np.abs(way).max()), 0
+            dragged, way = dragged - 1, (away - place) / 0.02
+            executed[:3], executed[3:6] = way / max(1, np.abs(way).max()), turn
         elif noise and fast:
             executed[:3] = np.clip(executed[:3] + rng.normal(0, noise, 3), -1, 1)
         rows = (np.append(np.clip(x[:6], -1, 1), x[6]) for x in (executed, action))
@@ -477,8 +484,8 @@ def parse():
                         help="clips: draw every S-th step only, for a policy that looks so often; all "
                         "actions are kept (default: 1)")
     parser.add_argument("--drags", type=float, default=0.0, metavar="P",
-                        help="chance, at each fast step, that something drags the arm aside, once a "
-                        "demonstration (default: 0; try 0.03)")
+                        help="chance, at each step of a motion, that something moves the arm aside, once far "
+                        "and once near a demonstration's goal (default: 0; try 0.03)")
     parser.add_argument("--actions", default="meant", choices=["meant", "executed", "achieved"],
                         help="clips: what the expert meant to do, what it did for noise and drags, or what "
                         "the arm achieved, CALVIN's convention (default: meant)")

@@ -208,8 +208,9 @@ def test_a_dragged_arm_finds_its_way(world):
     demo = record_calvin.demonstrate(world, expert.Expert(world, rng), "open_drawer", rng, drags=0.2)
     assert demo.done
     seen, _, executed, _, meant = record_calvin.rows_of(demo)
-    apart = np.flatnonzero((executed != meant)[:-1].any(1))
-    assert 5 <= len(apart) <= 15 and apart[-1] - apart[0] == len(apart) - 1
+    moved = np.flatnonzero((executed != meant)[:-1].any(1))
+    near, apart = sorted(np.split(moved, np.flatnonzero(np.diff(moved) > 1) + 1), key=len)
+    assert 2 <= len(near) <= 3 and 5 <= len(apart) <= 15
     came = seen[apart[-1] + 1, :3] - seen[apart[0], :3]                    # the arm lags behind its commands
     went, wanted = (0.02 * x[apart, :3].sum(0) for x in (executed, meant))
     assert np.linalg.norm(came - went) < min(0.05, np.linalg.norm(came - wanted) / 2)

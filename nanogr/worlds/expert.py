@@ -105,7 +105,7 @@ class Expert:
 
     # ---- how it moves
 
-    def go(self, place, yaw=None, pitch=0.0, speed=None, near=0.006, patience=20):
+    def go(self, place, yaw=None, pitch=0.0, speed=None, near=0.006, patience=5):
         """Move the tips to `place` and turn the hand to (pi, pitch, yaw); None: the yaw it has. It ends when
         the command is there and the arm `near`, or has been given `patience` steps to come."""
         place, speed, waited = np.asarray(place, float), speed or self.fast, 0
