@@ -59,14 +59,14 @@ def demonstrate(world, expert, task, rng, noise=0, drags=0, remember=lambda worl
                 longest=calvin.STEPS):
     """Let the expert do the task: -> Demo, whose steps go one to three beyond the success.
 
-    noise: standard deviation added to the expert's fast motions. drags: chance, at each step of a motion, that
-    something moves the arm aside, once while it is fast and above the table, to a random place of FREE with
-    the hand turned, for 5 to 15 steps; and once while it is slow, 1 to 3 cm in 2 or 3 steps. The expert makes
-    up for all, tries again what it missed: so it is seen to come from many places, and what it means to do
-    next does not follow from what was done last.
+    noise: standard deviation added to the expert's fast motions. drags: chance, at each step of a motion,
+    that something moves the arm aside: once while it is fast and above the table, to a random place of FREE
+    with the hand turned, for 5 to 15 steps; and once while it is slow, 1 to 3 cm in 2 or 3 steps. The expert
+    makes up for all, and tries again what it missed: so it is seen to come from many places, and what it
+    means to do next does not follow from what was done last.
     """
     start, steps, done, left = world.get_info(), [], False, int(rng.integers(1, 4))
-    observation, dragged, to_come = world.observe(), 0, {"far", "near"}       # dragged: for so many steps more
+    observation, dragged, to_come = world.observe(), 0, {"far", "near"}    # dragged: for so many steps
     for action in expert.perform(task):
         if len(steps) == longest or (done and left == 0):
             break
@@ -112,7 +112,7 @@ def play(world, seed, counts, n_tasks=8, asked=calvin.NAMES, **options):
         yield demo
         if not demo.done:
             return
-        for action in expert.settle():                         # a door stays ajar: an agent is asked on at once
+        for action in expert.settle():      # no more: in a chain the next sentence comes at once
             world.step(action)
 
 

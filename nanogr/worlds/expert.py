@@ -169,7 +169,7 @@ class Expert:
         yield from self.go(robot["tcp_pos"], yaw=yaw, pitch=pitch, patience=2)
 
     def finish_with(self, *motion, leaves, **options):
-        """Do the motion now, and what is left of it at the next task's start. leaves: {door: its state then}."""
+        """Do the motion now, the rest of it at the next task's start. leaves: {door: its state then}."""
         self.unfinished, self.leaves = functools.partial(self.go, *motion, **options), leaves
         yield from self.finish()
 
