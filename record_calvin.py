@@ -61,19 +61,20 @@ def demonstrate(world, expert, task, rng, noise=0, drags=0, remember=lambda worl
 
     noise: standard deviation added to the expert's fast motions. drags: chance, at each step of a motion,
     that something moves the arm aside: once while it is fast and above the table, to a random place of FREE
-    with the hand turned, for 5 to 15 steps; and once while it is slow, 1 to 3 cm in 2 or 3 steps. The expert
-    makes up for all, and tries again what it missed: so it is seen to come from many places, and what it
-    means to do next does not follow from what was done last.
+    with the hand turned, for 5 to 15 steps; once while it is slow, near things, 1 to 3 cm in 2 or 3 steps.
+    The expert makes up for all, and tries again what it missed: so it is seen to come from many places, and
+    what it means to do next does not follow from what was done last.
     """
     start, steps, done, left = world.get_info(), [], False, int(rng.integers(1, 4))
-    observation, dragged, to_come = world.observe(), 0, {"far", "near"}    # dragged: for so many steps
+    observation, dragged, to_come = world.observe(), 0, {"far", "near"}   # dragged for so many more
     for action in expert.perform(task):
         if len(steps) == longest or (done and left == 0):
             break
         left -= done
         executed, place, speed = np.array(action, float), expert.robot.target_pos, np.abs(action[:3]).max()
-        fast = speed > expert.slow
-        kind = "near" if 0 < speed <= expert.slow else "far" if place[1] < -0.1 and place[2] > 0.5 else ""
+        slow = np.isclose(speed, expert.slow)                  # not the last, shorter step of a fast motion
+        fast = speed > expert.slow and not slow
+        kind = "near" if slow and not done else "far" if fast and place[1] < -0.1 and place[2] > 0.5 else ""
         if kind in to_come and not dragged and rng.random() < drags:
             to_come.remove(kind)
             if kind == "far":
@@ -112,7 +113,7 @@ def play(world, seed, counts, n_tasks=8, asked=calvin.NAMES, **options):
         yield demo
         if not demo.done:
             return
-        for action in expert.settle():      # no more: in a chain the next sentence comes at once
+        for action in expert.settle():      # and no more: a door stays ajar, as it does in a chain
             world.step(action)
 
 
@@ -484,8 +485,8 @@ def parse():
                         help="clips: draw every S-th step only, for a policy that looks so often; all "
                         "actions are kept (default: 1)")
     parser.add_argument("--drags", type=float, default=0.0, metavar="P",
-                        help="chance, at each step of a motion, that something moves the arm aside, once far "
-                        "and once near a demonstration's goal (default: 0; try 0.03)")
+                        help="chance, at each step of a motion, that something moves the arm aside, once on "
+                        "its way and once near things (default: 0; try 0.03)")
     parser.add_argument("--actions", default="meant", choices=["meant", "executed", "achieved"],
                         help="clips: what the expert meant to do, what it did for noise and drags, or what "
                         "the arm achieved, CALVIN's convention (default: meant)")

@@ -85,7 +85,7 @@ class Expert:
         return self.world.info["scene_info"]["doors"][f"base__{name}"]["current_state"]
 
     def door_soon(self, name):
-        """Where a door will be when what is unfinished is done: the next task begins with that."""
+        """Where a door will be when the unfinished motion, which a next task starts with, is done."""
         return self.leaves.get(name, self.door(name))
 
     def held(self):
@@ -472,8 +472,8 @@ def with_block(expert, name):
     tasks = [f"lift_{name}_block_table", f"rotate_{name}_block_left", f"rotate_{name}_block_right"]
     tasks += [f"push_{name}_block_{word}" for word, side in (("left", -1), ("right", 1))
               if can_be_pushed(expert, name, side)]
-    under = abs(place[0] - expert.fixtures.drawer_x) < 0.17 and place[1] < -0.06     # in front of the drawer
-    if under and expert.door_soon("drawer") > 0.18:
+    behind = abs(place[0] - expert.fixtures.drawer_x) < 0.17 and place[1] < -0.06          # the open drawer
+    if behind and expert.door_soon("drawer") > 0.18:
         tasks.append("push_into_drawer")
     return tasks
 
