@@ -55,6 +55,14 @@ Demo = namedtuple("Demo", "task done steps")
 Step = namedtuple("Step", "pose observation executed meant")
 
 
+def shove(kind, place, rng):
+    """How an arm at `place` is moved aside, see demonstrate: for how many steps, where to, how it turns."""
+    if kind == "far":
+        return int(rng.integers(5, 16)), rng.uniform(*FREE), rng.uniform(-1, 1, 3)
+    angle, steps = rng.uniform(0, 2 * np.pi), int(rng.integers(2, 4))
+    return steps, place + rng.uniform(0.01, 0.03) * np.array([np.cos(angle), np.sin(angle), 0.3]), 0
+
+
 def demonstrate(world, expert, task, rng, noise=0, drags=0, remember=lambda world: None,
                 longest=calvin.STEPS):
     """Let the expert do the task: -> Demo, whose steps go one to three beyond the success.
@@ -77,11 +85,7 @@ def demonstrate(world, expert, task, rng, noise=0, drags=0, remember=lambda worl
         kind = "near" if slow and not done else "far" if fast and place[1] < -0.1 and place[2] > 0.5 else ""
         if kind in to_come and not dragged and rng.random() < drags:
             to_come.remove(kind)
-            if kind == "far":
-                dragged, away, turn = int(rng.integers(5, 16)), rng.uniform(*FREE), rng.uniform(-1, 1, 3)
-            else:
-                angle, dragged, turn = rng.uniform(0, 2 * np.pi), int(rng.integers(2, 4)), 0
-                away = place + rng.uniform(0.01, 0.03) * np.array([np.cos(angle), np.sin(angle), 0.3])
+            dragged, away, turn = shove(kind, place, rng)
         if dragged:
             dragged, way = dragged - 1, (away - place) / 0.02
             executed[:3], executed[3:6] = way / max(1, np.abs(way).max()), turn

@@ -426,10 +426,14 @@ def accessible(expert, side):
     return state < 0.02 if side == "left" else state > travel - 0.02
 
 
+def drawer_is_open(expert):
+    return expert.door_soon("drawer") > 0.18
+
+
 def with_full_hands(expert, held):
     """The tasks that make sense with a block in the gripper."""
     others = [name for name in BLOCKS if name != held]
-    tasks = ["place_in_drawer"] if expert.door_soon("drawer") > 0.18 else []
+    tasks = ["place_in_drawer"] if drawer_is_open(expert) else []
     if any(accessible(expert, side) and all(expert.where(name) != side for name in others)
            for side in ("left", "right")):
         tasks.append("place_in_slider")
@@ -462,7 +466,7 @@ def with_block(expert, name):
     """The tasks that make sense with one block, which nothing stands on."""
     place, where = expert.block(name)[0], expert.where(name)
     if where == "drawer":
-        return [f"lift_{name}_block_drawer"] if expert.door_soon("drawer") > 0.18 and place[2] < 0.4 else []
+        return [f"lift_{name}_block_drawer"] if drawer_is_open(expert) and place[2] < 0.4 else []
     if where in ("left", "right"):
         return [f"lift_{name}_block_slider"] if accessible(expert, where) and place[1] > 0.05 else []
     others = [expert.block(b)[0][:2] for b in BLOCKS if b != name and expert.where(b) == "table"]
@@ -473,7 +477,7 @@ def with_block(expert, name):
     tasks += [f"push_{name}_block_{word}" for word, side in (("left", -1), ("right", 1))
               if can_be_pushed(expert, name, side)]
     behind = abs(place[0] - expert.fixtures.drawer_x) < 0.17 and place[1] < -0.06          # the open drawer
-    if behind and expert.door_soon("drawer") > 0.18:
+    if behind and drawer_is_open(expert):
         tasks.append("push_into_drawer")
     return tasks
 
