@@ -3,6 +3,7 @@
     python record_calvin.py --measure --scenes ABCD --demos 400     # how often does the expert succeed?
     python record_calvin.py --out data/calvin --demos 3400          # record: packed clips (clips.py)
     python record_calvin.py --out data/raw --format calvin          # record: CALVIN's own files, a frame each
+    python record_calvin.py --out data/more --policy out/finetune   # it begins, the expert takes over
     python record_calvin.py --replay data/raw/training              # do its commands lead there again?
 
 The simulator is an extra, see docs/calvin.md; the expert and its skills are in nanogr/worlds/expert.py.
@@ -63,19 +64,49 @@ def shove(kind, place, rng):
     return steps, place + rng.uniform(0.01, 0.03) * np.array([np.cos(angle), np.sin(angle), 0.3]), 0
 
 
+LED = 3, 31                    # timesteps that a policy has before the expert takes over: from, to below
+
+
+def begin(world, expert, policy, task, rng, remember):
+    """Let a policy begin the task: -> (its last steps, so many as its window looks back, whether it did it).
+    Nothing is `meant` there: they are history, to be seen and not to be learned."""
+    start, steps, sentence = world.get_info(), [], str(rng.choice(calvin.SENTENCES[task]["training"]))
+    policy.reset()
+    for _ in range(policy.stride * rng.integers(*LED)):
+        world.look = policy.awake(sentence)
+        seen = world.observe()
+        world.look = False
+        action = policy.step(seen, sentence)
+        state = {key: seen[key] for key in ("robot_obs", "scene_obs")}
+        steps.append(Step(remember(world), state, np.clip(action, -1, 1), np.full(7, np.nan)))
+        world.step(action)
+        expert.grip = int(action[6])
+        if calvin.success(task, start, world.get_info()):
+            return [], True
+    return steps[-policy.stride * (policy.model.config.window - 1):], False
+
+
 def demonstrate(world, expert, task, rng, noise=0, drags=0, remember=lambda world: None,
-                longest=calvin.STEPS):
+                longest=calvin.STEPS, policy=None):
     """Let the expert do the task: -> Demo, whose steps go one to three beyond the success.
 
     noise: standard deviation added to the expert's fast motions. drags: chance, at each step of a motion,
     that something moves the arm aside: once while it is fast and above the table, to a random place of FREE
     with the hand turned, for 5 to 15 steps; once while it is slow, near things, 1 to 3 cm in 2 or 3 steps.
     The expert makes up for all, and tries again what it missed: so it is seen to come from many places, and
-    what it means to do next does not follow from what was done last.
+    what it means to do next does not follow from what was done last. policy: it begins, see `begin`, and the
+    expert shows what to do where that leads: into states that a policy causes and an expert never sees
+    (DAgger, Ross et al. 2011). What it did all alone is a Demo without steps.
     """
     start, steps, done, left = world.get_info(), [], False, int(rng.integers(1, 4))
+    held = expert.held()
+    if policy and expert.unfinished is None:
+        steps, done = begin(world, expert, policy, task, rng, remember)
+        if done:
+            return Demo(task, done, steps)
+        longest += len(steps)
     observation, dragged, to_come = world.observe(), 0, {"far", "near"}   # dragged for so many more
-    for action in expert.perform(task):
+    for action in expert.perform(task, held):
         if len(steps) == longest or (done and left == 0):
             break
         left -= done
@@ -114,7 +145,8 @@ def play(world, seed, counts, n_tasks=8, asked=calvin.NAMES, **options):
         task = tasks[rng.choice(len(tasks), p=weights / weights.sum())]
         demo = demonstrate(world, expert, task, rng, noise, **options)
         counts[task] += 1
-        yield demo
+        if demo.steps:
+            yield demo
         if not demo.done:
             return
         for action in expert.settle():      # and no more: a door stays ajar, as it does in a chain
@@ -180,17 +212,28 @@ def seed_of(args, index):
     return (2 * args.seed + (args.split == "validation")) * 10**9 + index * SESSIONS
 
 
+def load_policy(path):
+    import gr2                                                # here: who has no policy needs no torch
+    from nanogr.policy import Policy
+    model = gr2.load(path)
+    return Policy(model, execute=min(model.config.stride, model.config.chunk))    # it looks at timesteps alone
+
+
 def search(index, scene, args):
-    """A shard's demonstrations, --each of each of --tasks, physics alone: -> [(session, task, poses, rows_of
-    it)] and, of all that was tried on the way, {task: [steps, or None where it failed]}."""
+    """A shard's demonstrations, --each of each of --tasks, nothing drawn but what a --policy looks at: ->
+    [(session, task, poses, rows_of it)] and, of all that was tried on the way, {task: [steps, or None where
+    it failed]}."""
     quiet()
-    world, counts, found, tried = calvin.Calvin(scene, None), Counter(), [], {}
+    policy = args.policy and load_policy(args.policy)
+    world, counts, found, tried = calvin.Calvin(scene, args.renderer if policy else None), Counter(), [], {}
+    world.look = False                                        # only the policy looks
     wanted, seed = Counter(args.tasks * args.each), seed_of(args, index)
     for session in range(SESSIONS):
         asked = list(+wanted)
-        for demo in play(world, seed + session, counts, args.play, asked, drags=args.drags, remember=pose_of):
+        for demo in play(world, seed + session, counts, args.play, asked, drags=args.drags, remember=pose_of,
+                         policy=policy):
             tried.setdefault(demo.task, []).append(len(demo.steps) - 1 if demo.done else None)
-            if demo.done and wanted[demo.task] > 0:
+            if demo.done and wanted[demo.task] > -args.spare:
                 wanted[demo.task] -= 1
                 found.append((session, demo.task, [step.pose for step in demo.steps], rows_of(demo)))
         if not +wanted:
@@ -442,7 +485,8 @@ def record_all(args):
     clips.claim(home(args), format=args.format, split=args.split, actions=actions, tasks=args.tasks,
                 each=args.each, play=args.play, sizes=args.sizes, scenes=args.scenes, seed=args.seed,
                 renderer=args.renderer, **dict(drags=args.drags) if args.drags else {},
-                **dict(stride=args.stride) if args.stride > 1 else {})
+                **dict(stride=args.stride) if args.stride > 1 else {},
+                **{key: getattr(args, key) for key in ("policy", "spare") if getattr(args, key)})
     mine = range(args.part - 1, shards, args.parts)
     todo = [(index, args.scenes[index % len(args.scenes)], args) for index in mine
             if not is_done(args, index)]
@@ -477,6 +521,8 @@ def parse():
     parser.add_argument("--tasks", nargs="+", default=list(calvin.NAMES), metavar="TASK",
                         help="which, a name twice: twice as often (default: all 34)")
     parser.add_argument("--each", type=int, default=1, help="demos of a task in a shard (default: 1)")
+    parser.add_argument("--spare", type=int, default=0, metavar="N",
+                        help="and up to N more of a task, of what was done on the way to the rarer ones")
     parser.add_argument("--play", type=int, default=8, metavar="N",
                         help="tasks done one after the other before a new state is drawn; 1: all start from "
                         "the arm's home (default: 8)")
@@ -491,6 +537,9 @@ def parse():
     parser.add_argument("--drags", type=float, default=0.0, metavar="P",
                         help="chance, at each step of a motion, that something moves the arm aside, once on "
                         "its way and once near things (default: 0; try 0.03)")
+    parser.add_argument("--policy", default="", metavar="DIR",
+                        help="clips: this checkpoint begins each task, up to 120 steps of it, and the expert "
+                        "takes over: what to do where a policy goes astray")
     parser.add_argument("--actions", default="meant", choices=["meant", "executed", "achieved"],
                         help="clips: what the expert meant to do, what it did for noise and drags, or what "
                         "the arm achieved, CALVIN's convention (default: meant)")
@@ -508,8 +557,8 @@ def parse():
         parser.error(f"--tasks: there is no {unknown[0]}; did you mean {nearest(unknown[0], calvin.NAMES)}?")
     if not args.scenes or not set(args.scenes) <= set("ABCD"):
         parser.error("--scenes takes letters of ABCD, for instance ABC")
-    if min(args.demos, args.each, args.play, args.stride, args.workers) < 1 or args.seed < 0:
-        parser.error("--demos, --each, --play, --stride and --workers must be 1 or more, --seed 0 or more")
+    if min(args.demos, args.each, args.play, args.stride, args.workers) < 1 or min(args.seed, args.spare) < 0:
+        parser.error("--demos, --each, --play, --stride and --workers must be 1 or more, --seed and --spare 0 or more")
     if args.stride > 1 and args.format != "clips":
         parser.error("--stride needs --format clips: CALVIN's files have a picture for each step")
     if not args.measure and args.out is None and args.replay is None:
@@ -522,6 +571,8 @@ def parse():
     if args.drags and not args.measure and (args.format, args.actions) != ("clips", "meant"):
         parser.error("--drags needs --format clips and --actions meant: else drags would be recorded as the "
                      "expert's own")
+    if args.policy and (args.measure or (args.format, args.actions) != ("clips", "meant")):
+        parser.error("--policy needs --format clips and --actions meant: what it does is not to be learned")
     if min(args.sizes) < 1 or (args.format == "calvin" and args.sizes != SIZES):
         parser.error("--sizes must be 1 or more; CALVIN's files have CALVIN's own, 200 84")
     if args.format == "calvin" and args.each * len(args.tasks) * (calvin.STEPS + 4) > CalvinWriter.FRAMES:
@@ -536,6 +587,10 @@ def main():
         (measure_all if args.measure else replay_all)(args)
     else:
         calvin.probe(args.renderer)                            # says what is wrong once, here
+        looks_every = load_policy(args.policy).stride if args.policy else args.stride
+        if looks_every % args.stride:
+            raise UserError(f"--stride {args.stride}: {args.policy} looks every {looks_every} steps, and the "
+                            "expert takes over where it would look: take that or a divisor")
         record_all(args)
 
 

@@ -1,5 +1,6 @@
 """nanogr/worlds/calvin.py, record_calvin.py: chains and states equal CALVIN's; the simulator, if there."""
 import hashlib
+import itertools
 import json
 import pathlib
 import subprocess
@@ -218,6 +219,46 @@ def test_a_dragged_arm_finds_its_way(world):
     came = seen[apart[-1] + 1, :3] - seen[apart[0], :3]                    # the arm lags behind its commands
     went, wanted = (0.02 * x[apart, :3].sum(0) for x in (executed, meant))
     assert np.linalg.norm(came - went) < min(0.05, np.linalg.norm(came - wanted) / 2)
+
+
+class Learner:
+    """In a policy's place: does as `actions` says, a timestep of four steps after the other."""
+    stride, model = 4, types.SimpleNamespace(config=types.SimpleNamespace(window=5))
+
+    def __init__(self, actions):
+        self.actions, self.seen = actions, 0
+
+    def reset(self):
+        self.seen = 0
+
+    def awake(self, sentence):
+        return self.seen % 4 == 0
+
+    def step(self, observation, sentence):
+        assert sentence in calvin.SENTENCES["open_drawer"]["training"]
+        self.seen += 1
+        return next(self.actions)
+
+
+@SIMULATOR
+def test_the_expert_takes_over_from_a_policy(world):
+    """Catches a policy's own actions taught as if right, a clip without what led to the takeover or with
+    what the policy did alone, an expert that believes the gripper to be as it left it."""
+    def demonstrate(actions):
+        rng = np.random.default_rng(0)
+        world.reset(*calvin.draw_start("D", "open_drawer", 0))
+        return record_calvin.demonstrate(world, expert.Expert(world, rng), "open_drawer", rng,
+                                         policy=Learner(actions))
+
+    astray = np.array([0.5, 0, 0.2, 0, 0, 0, -1])
+    demo = demonstrate(itertools.repeat(astray))
+    assert demo.done and len(demo.steps) > 40
+    seen, _, executed, _, meant = record_calvin.rows_of(demo)
+    assert np.isnan(meant[:16]).all() and np.isfinite(meant[16:-1]).all()
+    assert np.allclose(executed[:16], astray) and np.allclose(executed[16:-1], meant[16:-1])
+    assert (meant[16:-1, 6] == -1).all() and seen[16, 6] < 0.01              # closed it was, and stays so
+    alone = demonstrate(expert.Expert(world, np.random.default_rng(1)).perform("open_drawer"))
+    assert alone.done and not alone.steps
 
 
 def test_a_clip_holds_the_actions_that_were_asked_for(tmp_path):

@@ -73,6 +73,7 @@ def test_commands_say_what_is_wrong(tabletop_data, checkpoints, tmp_path):
             (["record_calvin.py", "--out", out, "--play", 1], ["--play 1", "another task ends"]),
             (["record_calvin.py", "--out", out, "--drags", 2], ["--drags", "below 1"]),
             (["record_calvin.py", "--out", out, "--drags", 0.1, "--format", "calvin"], ["--actions meant"]),
+            (["record_calvin.py", "--out", out, "--policy", out, "--actions", "achieved"], ["--policy", "meant"]),
             ([*judge, "--seed", -1], ["--seed", "0 or more"]),
             ([*look, "--instruction", " "], ["instruction", "empty"]),
             ([*judge, "--checkpoint", tmp_path / "nowhere"], ["nowhere", "train.py"]),

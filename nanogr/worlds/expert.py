@@ -409,9 +409,10 @@ class Expert:
             return self.move_slider(side)
         return getattr(self, verb)(name, side) if side else getattr(self, f"{verb}_{last}")(name)
 
-    def perform(self, task):
-        """A generator of rel_actions float (7,) that do `task`, again and again as long as it is asked."""
-        held = self.held()
+    def perform(self, task, held=None):
+        """A generator of rel_actions float (7,) that do `task`, again and again as long as it is asked. held:
+        the block that was in the gripper when the task was given, if it may have been lost since."""
+        held = held or self.held()
         while True:
             yield from self.finish()
             if task in FULL_HANDS and held and self.held() is None:      # dropped, or misplaced
