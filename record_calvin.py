@@ -3,12 +3,13 @@
     python record_calvin.py --measure --scenes ABCD --demos 400     # how often does the expert succeed?
     python record_calvin.py --out data/calvin --demos 3400          # record: packed clips (clips.py)
     python record_calvin.py --out data/raw --format calvin          # record: CALVIN's own files, a frame each
-    python record_calvin.py --out data/more --policy out/finetune   # it begins, the expert takes over
+    python record_calvin.py --out data/more --policy out/finetune   # that begins, the expert takes over
     python record_calvin.py --replay data/raw/training              # do its commands lead there again?
 
 The simulator is an extra, see docs/calvin.md; the expert and its skills are in nanogr/worlds/expert.py.
 It plays without a reset from whatever state it finds, choosing among the tasks that make sense there, rare
-ones first; physics alone, 2 ms a step. What succeeds is drawn afterwards, 90 ms a frame, from stored states.
+ones first; physics alone, 2 ms a step, but for what a --policy looks at. What succeeds is drawn afterwards,
+90 ms a frame, from stored states.
 A killed run goes on where it was: start it again.
 
 In order: play, recording, looking, main.
@@ -22,12 +23,16 @@ import sys
 from collections import Counter, namedtuple
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
-from nanogr import clips
+import gr2
+from model import ModelError
+from nanogr import clips, weights
 from nanogr.common import Crew, Parser, UserError, cores, nearest, parse_part, quiet, run_script, write_whole
 from nanogr.pictures import write_sheet
+from nanogr.policy import Policy
 from nanogr.worlds import calvin
 from nanogr.worlds import expert as experts
 
@@ -64,26 +69,38 @@ def shove(kind, place, rng):
     return steps, place + rng.uniform(0.01, 0.03) * np.array([np.cos(angle), np.sin(angle), 0.3]), 0
 
 
-LED = 3, 31                    # timesteps that a policy has before the expert takes over: from, to below
+LED = 10, 46                   # timesteps that a policy has before the expert takes over: from, to below
+STILL = 0.02                   # what moves less in a window's time is stuck [joints: rad, fingers: m]
+SOON = 12                      # an expert's demonstration with fewer steps: the policy had all but done it
 
 
 def begin(world, expert, policy, task, rng, remember):
-    """Let a policy begin the task: -> (its last steps, so many as its window looks back, whether it did it).
-    Nothing is `meant` there: they are history, to be seen and not to be learned."""
-    start, steps, sentence = world.get_info(), [], str(rng.choice(calvin.SENTENCES[task]["training"]))
+    """Let a policy begin the task, with world.look off but when it looks: -> (its last steps, so many as its
+    window looks back, whether it did the task).
+
+    The expert shall take over when the arm stands still, after LED timesteps at the latest, but not while it
+    has got hold of a block: to let go of that would be a wrong lesson. `meant` is NaN: what a policy does is
+    to be seen, not to be learned."""
+    start, steps, held, rows = world.get_info(), [], expert.held(), slice(6, 14)      # of robot_obs
+    sentence, most = str(rng.choice(calvin.SENTENCES[task]["training"])), policy.stride * rng.integers(*LED)
+    back = policy.stride * (policy.model.config.window - 1)
     policy.reset()
-    for _ in range(policy.stride * rng.integers(*LED)):
-        world.look = policy.awake(sentence)
+    state = world.observe()
+    while True:
+        world.look = True
         seen = world.observe()
         world.look = False
-        action = policy.step(seen, sentence)
-        state = {key: seen[key] for key in ("robot_obs", "scene_obs")}
-        steps.append(Step(remember(world), state, np.clip(action, -1, 1), np.full(7, np.nan)))
-        world.step(action)
-        expert.grip = int(action[6])
-        if calvin.success(task, start, world.get_info()):
-            return [], True
-    return steps[-policy.stride * (policy.model.config.window - 1):], False
+        for _ in range(policy.stride):
+            action = policy.step(seen, sentence)
+            steps.append(Step(remember(world), state, np.clip(action, -1, 1), np.full(7, np.nan)))
+            state = world.step(action)
+            expert.grip = int(action[6])
+            if calvin.success(task, start, world.get_info()):
+                return [], True
+        before = steps[-back].observation["robot_obs"] if 0 < back < len(steps) else np.inf
+        stuck = np.abs(state["robot_obs"] - before)[rows].max() < STILL
+        if len(steps) >= calvin.STEPS or (stuck or len(steps) >= most) and expert.held() == held:
+            return steps[-back:] if back else [], False
 
 
 def demonstrate(world, expert, task, rng, noise=0, drags=0, remember=lambda world: None,
@@ -96,18 +113,20 @@ def demonstrate(world, expert, task, rng, noise=0, drags=0, remember=lambda worl
     The expert makes up for all, and tries again what it missed: so it is seen to come from many places, and
     what it means to do next does not follow from what was done last. policy: it begins, see `begin`, and the
     expert shows what to do where that leads: into states that a policy causes and an expert never sees
-    (DAgger, Ross et al. 2011). What it did all alone is a Demo without steps.
+    (DAgger, Ross et al. 2011). What it did alone is a Demo without steps.
     """
     start, steps, done, left = world.get_info(), [], False, int(rng.integers(1, 4))
     held = expert.held()
-    if policy and expert.unfinished is None:
+    if policy and expert.unfinished is None:                   # to end a motion first is the expert's matter
         steps, done = begin(world, expert, policy, task, rng, remember)
+        if expert.held() not in (None, held):
+            expert.grasp_pitch = -1.0 if expert.robot.target_orn[1] < -0.5 else 0.0
         if done:
             return Demo(task, done, steps)
-        longest += len(steps)
+    led = len(steps)
     observation, dragged, to_come = world.observe(), 0, {"far", "near"}   # dragged for so many more
     for action in expert.perform(task, held):
-        if len(steps) == longest or (done and left == 0):
+        if len(steps) == led + longest or (done and left == 0):
             break
         left -= done
         executed, place, speed = np.array(action, float), expert.robot.target_pos, np.abs(action[:3]).max()
@@ -127,12 +146,17 @@ def demonstrate(world, expert, task, rng, noise=0, drags=0, remember=lambda worl
         observation = world.step(executed)
         done = done or calvin.success(task, start, world.get_info())
     steps.append(Step(remember(world), observation, *np.full((2, 7), np.nan)))
-    return Demo(task, done, steps)
+    return Demo(task, done, [] if led and done and len(steps) - led <= SOON else steps)
+
+
+def steps_of(demo):
+    """How many steps the expert took, None if it failed."""
+    return sum(np.isfinite(step.meant[0]) for step in demo.steps) if demo.done else None
 
 
 def play(world, seed, counts, n_tasks=8, asked=calvin.NAMES, **options):
-    """A session without resets: yields Demos and counts their tasks; a failure ends it. The last of `n_tasks`
-    is one of those `asked` for."""
+    """A session without resets: yields Demos, but for what a policy did alone, and counts their tasks; a
+    failure ends it. The last of `n_tasks` is one of those `asked` for."""
     start_play(world, seed)
     rng = np.random.default_rng([seed, 1])
     expert = experts.Expert(world, rng, fast=rng.uniform(0.6, 0.95), slow=rng.uniform(0.4, 0.6))
@@ -159,7 +183,7 @@ def measure(scene, seed, n, drags):
     world, counts, tried, session = calvin.Calvin(scene, None), Counter(), {}, 0
     while sum(counts.values()) < n:
         for demo in play(world, seed + session, counts, drags=drags):
-            tried.setdefault(demo.task, []).append(len(demo.steps) - 1 if demo.done else None)
+            tried.setdefault(demo.task, []).append(steps_of(demo))
         session += 1
     return tried
 
@@ -213,10 +237,10 @@ def seed_of(args, index):
 
 
 def load_policy(path):
-    import gr2                                                # here: who has no policy needs no torch
-    from nanogr.policy import Policy
+    """A checkpoint that looks at its timesteps alone, and does all that it planned in between."""
+    torch.set_num_threads(1)                                   # --workers share the cores
     model = gr2.load(path)
-    return Policy(model, execute=min(model.config.stride, model.config.chunk))    # it looks at timesteps alone
+    return Policy(model, execute=model.config.stride)
 
 
 def search(index, scene, args):
@@ -224,7 +248,7 @@ def search(index, scene, args):
     [(session, task, poses, rows_of it)] and, of all that was tried on the way, {task: [steps, or None where
     it failed]}."""
     quiet()
-    policy = args.policy and load_policy(args.policy)
+    policy = load_policy(args.policy) if args.policy else None
     world, counts, found, tried = calvin.Calvin(scene, args.renderer if policy else None), Counter(), [], {}
     world.look = False                                        # only the policy looks
     wanted, seed = Counter(args.tasks * args.each), seed_of(args, index)
@@ -232,8 +256,8 @@ def search(index, scene, args):
         asked = list(+wanted)
         for demo in play(world, seed + session, counts, args.play, asked, drags=args.drags, remember=pose_of,
                          policy=policy):
-            tried.setdefault(demo.task, []).append(len(demo.steps) - 1 if demo.done else None)
-            if demo.done and wanted[demo.task] > -args.spare:
+            tried.setdefault(demo.task, []).append(steps_of(demo))
+            if demo.done and demo.task in args.tasks and wanted[demo.task] > -args.spare:
                 wanted[demo.task] -= 1
                 found.append((session, demo.task, [step.pose for step in demo.steps], rows_of(demo)))
         if not +wanted:
@@ -246,7 +270,8 @@ def search(index, scene, args):
 
 def draw(index, scene, args, searched):
     """Draw and write a shard. In another process than the search: that loads the simulator anew for each
-    session, which leaks 12 MB where there is EGL; here nothing is loaded twice. -> tried"""
+    session, which leaks 12 MB where there is EGL, as with a --policy; here nothing is loaded twice. -> tried
+    """
     quiet()
     world, rng = calvin.Calvin(scene, args.renderer), np.random.default_rng([seed_of(args, index), 2])
     found, tried = searched
@@ -486,7 +511,8 @@ def record_all(args):
                 each=args.each, play=args.play, sizes=args.sizes, scenes=args.scenes, seed=args.seed,
                 renderer=args.renderer, **dict(drags=args.drags) if args.drags else {},
                 **dict(stride=args.stride) if args.stride > 1 else {},
-                **{key: getattr(args, key) for key in ("policy", "spare") if getattr(args, key)})
+                **dict(policy=weights.fingerprint(args.policy)) if args.policy else {},
+                **dict(spare=args.spare) if args.spare else {})
     mine = range(args.part - 1, shards, args.parts)
     todo = [(index, args.scenes[index % len(args.scenes)], args) for index in mine
             if not is_done(args, index)]
@@ -538,8 +564,8 @@ def parse():
                         help="chance, at each step of a motion, that something moves the arm aside, once on "
                         "its way and once near things (default: 0; try 0.03)")
     parser.add_argument("--policy", default="", metavar="DIR",
-                        help="clips: this checkpoint begins each task, up to 120 steps of it, and the expert "
-                        "takes over: what to do where a policy goes astray")
+                        help="clips: this checkpoint begins the tasks, and the expert takes over where it "
+                        "is stuck: what to do where a policy goes astray")
     parser.add_argument("--actions", default="meant", choices=["meant", "executed", "achieved"],
                         help="clips: what the expert meant to do, what it did for noise and drags, or what "
                         "the arm achieved, CALVIN's convention (default: meant)")
@@ -557,8 +583,10 @@ def parse():
         parser.error(f"--tasks: there is no {unknown[0]}; did you mean {nearest(unknown[0], calvin.NAMES)}?")
     if not args.scenes or not set(args.scenes) <= set("ABCD"):
         parser.error("--scenes takes letters of ABCD, for instance ABC")
-    if min(args.demos, args.each, args.play, args.stride, args.workers) < 1 or min(args.seed, args.spare) < 0:
-        parser.error("--demos, --each, --play, --stride and --workers must be 1 or more, --seed and --spare 0 or more")
+    least = min(args.demos, args.each, args.play, args.stride, args.workers)
+    if least < 1 or min(args.seed, args.spare) < 0:
+        parser.error("--demos, --each, --play, --stride and --workers must be 1 or more, --seed and --spare "
+                     "0 or more")
     if args.stride > 1 and args.format != "clips":
         parser.error("--stride needs --format clips: CALVIN's files have a picture for each step")
     if not args.measure and args.out is None and args.replay is None:
@@ -571,12 +599,17 @@ def parse():
     if args.drags and not args.measure and (args.format, args.actions) != ("clips", "meant"):
         parser.error("--drags needs --format clips and --actions meant: else drags would be recorded as the "
                      "expert's own")
-    if args.policy and (args.measure or (args.format, args.actions) != ("clips", "meant")):
-        parser.error("--policy needs --format clips and --actions meant: what it does is not to be learned")
+    if args.policy and (args.measure or args.replay):
+        parser.error("--policy is for recording alone: leave out --measure and --replay")
+    if args.policy and (args.format, args.actions) != ("clips", "meant"):
+        parser.error("--policy needs --format clips and --actions meant: what it does is not to be "
+                     "learned")
     if min(args.sizes) < 1 or (args.format == "calvin" and args.sizes != SIZES):
         parser.error("--sizes must be 1 or more; CALVIN's files have CALVIN's own, 200 84")
-    if args.format == "calvin" and args.each * len(args.tasks) * (calvin.STEPS + 4) > CalvinWriter.FRAMES:
-        parser.error(f"--each {args.each}: a shard of CALVIN's files holds {CalvinWriter.FRAMES} frames")
+    most = args.each * len(args.tasks) + args.spare * len(set(args.tasks))
+    if args.format == "calvin" and most * (calvin.STEPS + 4) > CalvinWriter.FRAMES:
+        parser.error(f"--each {args.each}, --spare {args.spare}: a shard of CALVIN's files holds "
+                     f"{CalvinWriter.FRAMES} frames")
     return args
 
 
@@ -586,13 +619,13 @@ def main():
         calvin.probe(None)
         (measure_all if args.measure else replay_all)(args)
     else:
-        calvin.probe(args.renderer)                            # says what is wrong once, here
         looks_every = load_policy(args.policy).stride if args.policy else args.stride
         if looks_every % args.stride:
             raise UserError(f"--stride {args.stride}: {args.policy} looks every {looks_every} steps, and the "
                             "expert takes over where it would look: take that or a divisor")
+        calvin.probe(args.renderer)                            # says what is wrong once, here
         record_all(args)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, ModelError)

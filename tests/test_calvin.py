@@ -226,39 +226,54 @@ class Learner:
     stride, model = 4, types.SimpleNamespace(config=types.SimpleNamespace(window=5))
 
     def __init__(self, actions):
-        self.actions, self.seen = actions, 0
+        self.actions, self.steps = actions, 0
 
     def reset(self):
-        self.seen = 0
-
-    def awake(self, sentence):
-        return self.seen % 4 == 0
+        self.steps = 0
 
     def step(self, observation, sentence):
         assert sentence in calvin.SENTENCES["open_drawer"]["training"]
-        self.seen += 1
+        self.steps += 1
         return next(self.actions)
 
 
 @SIMULATOR
 def test_the_expert_takes_over_from_a_policy(world):
     """Catches a policy's own actions taught as if right, a clip without what led to the takeover or with
-    what the policy did alone, an expert that believes the gripper to be as it left it."""
+    what the policy did alone, one that waits for a policy that is stuck, an expert that believes the gripper
+    to be as it left it."""
     def demonstrate(actions):
-        rng = np.random.default_rng(0)
+        rng, learner = np.random.default_rng(0), Learner(actions)
         world.reset(*calvin.draw_start("D", "open_drawer", 0))
-        return record_calvin.demonstrate(world, expert.Expert(world, rng), "open_drawer", rng,
-                                         policy=Learner(actions))
+        return learner, record_calvin.demonstrate(world, expert.Expert(world, rng), "open_drawer", rng,
+                                                  policy=learner)
 
-    astray = np.array([0.5, 0, 0.2, 0, 0, 0, -1])
-    demo = demonstrate(itertools.repeat(astray))
-    assert demo.done and len(demo.steps) > 40
-    seen, _, executed, _, meant = record_calvin.rows_of(demo)
-    assert np.isnan(meant[:16]).all() and np.isfinite(meant[16:-1]).all()
-    assert np.allclose(executed[:16], astray) and np.allclose(executed[16:-1], meant[16:-1])
-    assert (meant[16:-1, 6] == -1).all() and seen[16, 6] < 0.01              # closed it was, and stays so
-    alone = demonstrate(expert.Expert(world, np.random.default_rng(1)).perform("open_drawer"))
+    for astray, least, most in ((0.1, 0, 0.15, 0, 0, 0.3, -1), 40, 180), ((0, 0, 0, 0, 0, 0, -1), 20, 36):
+        learner, demo = demonstrate(itertools.repeat(np.array(astray)))
+        assert demo.done and least <= learner.steps <= most and learner.steps % 4 == 0
+        seen, _, executed, _, meant = record_calvin.rows_of(demo)
+        assert np.isnan(meant[:16]).all() and np.isfinite(meant[16:-1]).all()
+        assert np.allclose(executed[:16], astray) and np.allclose(executed[16:-1], meant[16:-1])
+        assert (meant[16:-1, 6] == -1).all() and seen[16, 6] < 0.01          # closed it was, and stays so
+        assert record_calvin.steps_of(demo) == len(meant) - 17 > 20
+    _, alone = demonstrate(expert.Expert(world, np.random.default_rng(1)).perform("open_drawer"))
     assert alone.done and not alone.steps
+
+
+def test_spare_demonstrations_are_kept(monkeypatch):
+    """Catches --spare that keeps what nobody asked for, or more than so many, or ends before all is found."""
+    sessions = [["turn_on_led", "turn_on_led", "turn_off_led", "turn_on_led"], ["open_drawer", "turn_on_led"]]
+    step = record_calvin.Step(None, dict(robot_obs=np.zeros(15), scene_obs=np.zeros(24)), *np.zeros((2, 7)))
+    play = lambda world, seed, *_, **__: [record_calvin.Demo(x, True, [step] * 3) for x in sessions[seed]]
+    monkeypatch.setattr(record_calvin, "quiet", lambda: None)
+    monkeypatch.setattr(record_calvin.calvin, "Calvin", lambda *_: types.SimpleNamespace())
+    monkeypatch.setattr(record_calvin, "play", play)
+    for spare, wanted in (0, 2), (1, 3), (9, 5):
+        args = types.SimpleNamespace(tasks=["turn_on_led", "open_drawer"], each=1, spare=spare, seed=0,
+                                     play=4, split="training", drags=0, policy="")
+        found, tried = record_calvin.search(0, "D", args)
+        assert len(found) == wanted and {task for _, task, *_ in found} == set(args.tasks)
+        assert len(tried["turn_on_led"]) == 4 and len(tried["turn_off_led"]) == 1
 
 
 def test_a_clip_holds_the_actions_that_were_asked_for(tmp_path):
