@@ -151,7 +151,7 @@ def demonstrate(world, expert, task, rng, noise=0, drags=0, remember=lambda worl
 
 def steps_of(demo):
     """How many steps the expert took, None if it failed."""
-    return sum(np.isfinite(step.meant[0]) for step in demo.steps) if demo.done else None
+    return int(sum(np.isfinite(step.meant[0]) for step in demo.steps)) if demo.done else None
 
 
 def play(world, seed, counts, n_tasks=8, asked=calvin.NAMES, **options):
