@@ -9,8 +9,7 @@
 The simulator is an extra, see docs/calvin.md; the expert and its skills are in nanogr/worlds/expert.py.
 It plays without a reset from whatever state it finds, choosing among the tasks that make sense there, rare
 ones first; physics alone, 2 ms a step, but for what a --policy looks at. What succeeds is drawn afterwards,
-90 ms a frame, from stored states.
-A killed run goes on where it was: start it again.
+90 ms a frame, from stored states. A killed run goes on where it was: start it again.
 
 In order: play, recording, looking, main.
 """
@@ -74,14 +73,15 @@ STILL = 0.02                   # what moves less in a window's time is stuck [jo
 SOON = 12                      # an expert's demonstration with fewer steps: the policy had all but done it
 
 
-def begin(world, expert, policy, task, rng, remember):
+def begin(world, expert, policy, task, start, held, rng, remember):
     """Let a policy begin the task, with world.look off but when it looks: -> (its last steps, so many as its
     window looks back, whether it did the task).
 
     The expert shall take over when the arm stands still, after LED timesteps at the latest, but not while it
-    has got hold of a block: to let go of that would be a wrong lesson. `meant` is NaN: what a policy does is
+    has got hold of a block: to let go of that would be a wrong lesson. start, held: the world's state and the
+    block in the gripper when the task was given. `meant` is NaN: what a policy does is
     to be seen, not to be learned."""
-    start, steps, held, rows = world.get_info(), [], expert.held(), slice(6, 14)      # of robot_obs
+    steps, rows = [], slice(6, 14)                             # of robot_obs
     sentence, most = str(rng.choice(calvin.SENTENCES[task]["training"])), policy.stride * rng.integers(*LED)
     back = policy.stride * (policy.model.config.window - 1)
     policy.reset()
@@ -118,7 +118,7 @@ def demonstrate(world, expert, task, rng, noise=0, drags=0, remember=lambda worl
     start, steps, done, left = world.get_info(), [], False, int(rng.integers(1, 4))
     held = expert.held()
     if policy and expert.unfinished is None:                   # to end a motion first is the expert's matter
-        steps, done = begin(world, expert, policy, task, rng, remember)
+        steps, done = begin(world, expert, policy, task, start, held, rng, remember)
         if expert.held() not in (None, held):
             expert.grasp_pitch = -1.0 if expert.robot.target_orn[1] < -0.5 else 0.0
         if done:
@@ -165,8 +165,8 @@ def play(world, seed, counts, n_tasks=8, asked=calvin.NAMES, **options):
         tasks = [task for task in experts.feasible(expert) if i + 1 < n_tasks or task in asked]
         if not tasks:
             return
-        weights = np.array([1 / (1 + counts[task]) ** 2 for task in tasks])
-        task = tasks[rng.choice(len(tasks), p=weights / weights.sum())]
+        rare = np.array([1 / (1 + counts[task]) ** 2 for task in tasks])
+        task = tasks[rng.choice(len(tasks), p=rare / rare.sum())]
         demo = demonstrate(world, expert, task, rng, noise, **options)
         counts[task] += 1
         if demo.steps:
