@@ -61,6 +61,7 @@ class GR1Config:
     norm_pixels: bool = True       # predict pixels up to each patch's mean and spread, as MAE does
     copy_gate: bool = False        # [OBS] also says, pixel by pixel, what stays as it is; not in the paper
     action_activation: bool = False  # a ReLU between the action head's layers; the official code has none
+    told: bool = False             # queries begin as their timestep's sentence token; not in the paper
 
     latent = 0                     # in which GR-1 has no choice: no action VAE
 
@@ -86,9 +87,10 @@ PRESETS = {
                  resampler_heads=4, resampler_head_dim=16, patch=16, decoder_depth=2, decoder_heads=4,
                  norm_pixels=False, copy_gate=True),
 }
-# For CALVIN without a GPU. Its pictures cost most: so it looks at every fourth step, and plans.
+# For CALVIN without a GPU, which draws slowly: every fourth step is seen, chunks planned. calvin: frozen eye.
 PRESETS["small"] = PRESETS["tiny"] | dict(preset="small", cameras={"rgb_static": 96, "rgb_gripper": 48},
                                           stride=4, chunk=10, width=128, text_dim=256, latents=6)
+PRESETS["calvin"] = PRESETS["small"] | dict(preset="calvin", chunk=5, layers=3, latents=2, told=True)
 
 
 def preset_config(name, stage="finetune", /, **changes):      # "/": so that changes may hold any key
@@ -276,7 +278,7 @@ class Trunk(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.embed_norm = nn.LayerNorm(config.width)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop, self.told = nn.Dropout(config.dropout), config.told
         self.blocks = nn.ModuleList(TrunkBlock(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
         # GPT-2's word embedding: nothing reads it, but official files carry it and 45,988,039 counts it
@@ -290,7 +292,7 @@ class Trunk(nn.Module):
         may = attention_mask(steps, tokens, query_steps, context.device)[None, None]     # (1, 1, rows, T * C)
         if real is not None:
             may = may & real.repeat_interleave(tokens, 1)[:, None, None]
-        n = steps * tokens
+        n, queries = steps * tokens, queries + context[:, query_steps, 0] if self.told else queries
         x = self.drop(self.embed_norm(torch.cat([context.flatten(1, 2), queries], 1)))
         for block in self.blocks[:-1]:
             x = block(x, n, may)
@@ -411,13 +413,12 @@ class GR1(nn.Module):
             learned tokens       0.02          as GPT-2's embeddings and MAE's mask token
             vision.identity      1             the tiny preset's keypoints must differ from the start
         """
-        frozen = tuple(f"{name}." for name in self.frozen())
         special = {"embed_language.weight": 1.0, "embed_arm.weight": torch.tensor([5, 5, 5, 0.1, 0.1, 0.1]),
                    "vision.identity": 1.0}
         depth = {"trunk": self.config.layers, "video_head": self.config.decoder_depth,
                  "resampler": self.config.resampler_depth}
         for name, p in self.named_parameters():
-            if name.startswith(frozen) or "norm" in name and name.endswith("weight"):
+            if not p.requires_grad or "norm" in name and name.endswith("weight"):
                 continue
             if name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -444,10 +445,9 @@ class GR1(nn.Module):
     def encode_images(self, pixels):
         """{camera: (N, 3, S, S)} -> (N, cameras * (L + 1), D). Costs the most; the same at any timestep."""
         tokens = []
-        for camera in self.config.cameras:
-            cls, patches = self.vision(pixels[camera])
-            tokens += [self.embed_latents[camera](self.resampler(patches)),
-                       self.embed_cls[camera](cls)[:, None]]
+        for c in self.config.cameras:
+            cls, patches = self.vision(pixels[c])
+            tokens += [self.embed_latents[c](self.resampler(patches)), self.embed_cls[c](cls)[:, None]]
         return torch.cat(tokens, 1)
 
     def context(self, language, images, state=None):
@@ -480,7 +480,7 @@ class GR1(nn.Module):
 
     def queries(self, act_at, video_at):
         """[ACT] for the timesteps act_at (T,), then each camera's [OBS] for video_at (V,): tokens (R, D) and
-        their steps (R,). No timestep embedding is added to them (official code): the mask places them.
+        their steps (R,). No timestep embedding is added (official code, but `told`): the mask places them.
         """
         asked = [(self.query_act, act_at)] if self.config.robot else []
         if self.config.video:

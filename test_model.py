@@ -143,9 +143,10 @@ def test_the_resampler_is_the_plain_one():
     assert all(same(a, b, 1e-4) for a, b in zip(*results))
 
 
-def test_fast_trunk_equals_the_naive_one():
+@pytest.mark.parametrize("told", [False, True])
+def test_fast_trunk_equals_the_naive_one(told):
     """Catches a shortcut that is not exact, in values or gradients, and any token that looks ahead."""
-    trunk = small_model().double().trunk
+    trunk = small_model(told=told).double().trunk
     trunk.unused_wte.requires_grad_(False)
     context, queries = (torch.randn(2, n, 32, dtype=torch.double, requires_grad=True) for n in (40, 36))
     mask, weights = torch.tensor([[True] * 4, [True] * 3 + [False]]), torch.randn_like(queries)
@@ -155,6 +156,16 @@ def test_fast_trunk_equals_the_naive_one():
         leaves = [context, queries, *(p for p in trunk.parameters() if p.requires_grad)]
         results.append([out, *torch.autograd.grad((out * weights).sum(), leaves, retain_graph=True)])
     assert all(torch.allclose(a, b, rtol=0, atol=1e-10) for a, b in zip(*results, strict=True))
+
+
+def test_told_queries_begin_as_the_sentence():
+    """Catches another token than the sentence's, or the sentence of another timestep or window."""
+    trunk, at = small_model(told=True).trunk, torch.arange(4).repeat_interleave(9)
+    tokens, queries = torch.randn(2, 4, 10, 32), torch.randn(2, 36, 32)
+    answers = trunk(tokens, queries, at)
+    assert not same(answers, small_model().trunk(tokens, queries, at), 1e-2)
+    begun = queries + torch.stack([tokens[:, t, 0] for t in at], 1)
+    assert same(answers, small_model().trunk(tokens, begun, at), 1e-5)
 
 
 def test_copy_gate_keeps_the_present_frame():
