@@ -56,7 +56,7 @@ import model as gr1
 from model import GR1, ModelError, known, to_pixels, total_loss
 from nanogr import clips, tokenizer, weights
 from nanogr.common import Parser, UserError, check_same, cores, lock, make_room, write_whole
-from nanogr.encoders import LAPTOP, build_encoders
+from nanogr.encoders import LAPTOP, build_encoders, same_eye
 from nanogr.policy import change_errors, pictures, to_images
 
 # ---------------------------------------------------------------------------------------------- config
@@ -95,7 +95,7 @@ class TrainConfig:
     precision: str = "auto"        # auto: bf16 on a GPU, fp32 on a CPU
     compile: str = "auto"          # torch.compile the model's parts: on, off; auto: on a GPU, but for tiny
     workers: int = -1              # loader processes a process; -1: 4 on a GPU, 0 on a CPU
-    vision_weights: str = "hub"    # the gr1 preset's frozen MAE: hub, none (random) or a file
+    vision_weights: str = "hub"    # the gr1 preset's frozen MAE, calvin's eye: hub, none (random) or a file
     text_weights: str = ""         # its CLIP, likewise; "": hub, or none where --vision-weights is none
     tokenizer: str = ""            # GR-2's: a VQGAN's file or a directory; "": --init's, or out/tokenizer
     # watching
@@ -124,6 +124,8 @@ PRESETS = {
 }
 PRESETS["small", "pretrain"] = PRESETS["tiny", "pretrain"]
 PRESETS["small", "finetune"] = PRESETS["tiny", "finetune"] | dict(steps=8000)
+PRESETS["calvin", "pretrain"] = PRESETS["tiny", "pretrain"]
+PRESETS["calvin", "finetune"] = PRESETS["tiny", "finetune"] | dict(batch=48, steps=5000)
 PRESETS["real", "pretrain"] = PRESETS["gr1", "pretrain"]         # paper, real robot: batch and epochs differ
 PRESETS["real", "finetune"] = PRESETS["gr1", "finetune"] | dict(batch=64, epochs=30, warmup=1 / 30)
 # GR-2's optimizer is not published: GR-1's, at a lower rate for L and XL. No shift, for codes are made once,
@@ -545,10 +547,12 @@ def build(config, changes, world):
     state = None if init == "none" else weights.read_checkpoint(init)
     torch.manual_seed(config.seed)
     encoders = (gr2.build_encoders(model_config, config.tokenizer, config.text_weights) if kind is gr2 else
-                build_encoders(model_config, config.vision_weights, config.text_weights))
+                build_encoders(model_config, None, None, config.vision_weights, config.text_weights))
     encoders[1].group = 16                               # CLIP's, see there: a resumed run gets the same bits
     model = (gr2.GR2 if kind is gr2 else GR1)(model_config, *encoders)
     model.trunk.unused_wte.requires_grad_(False)         # DDP would wait for its gradient
+    if config.shift:
+        model.vision.LARGEST = 0                         # TinyVision's: shifted, no picture comes twice
     if state:
         start_from(state, init, model, config, world)
     elif not config.resume:                              # its weights are in resume.pt
@@ -578,6 +582,7 @@ def start_from(state, init, model, config, world):
     new = weights.finetuning_parts(model.config.cameras)
     if isinstance(model, gr2.GR2):
         new += "no_state", *(f"camera.{camera}" for camera in list(model.config.cameras)[1:])
+    same_eye(model.vision, state, init)
     try:
         report = weights.load(model, state, init, fresh, new)
     except UserError as error:

@@ -79,7 +79,8 @@ def settings(argv, world):
         config.batch = parts * max(1, each * world.size // parts)
         world.print(f"batch: {config.batch} windows to measure with (--batch N chooses)")
     train.check_batch(config, world)
-    return dataclasses.replace(config, vision_weights="none", text_weights="none", tokenizer="none",
+    vision = config.vision_weights if config.preset == "calvin" else "none"  # its eye is at hand, and frozen
+    return dataclasses.replace(config, vision_weights=vision, text_weights="none", tokenizer="none",
                                init="none", steps=10 ** 6), changes
 
 
@@ -87,6 +88,7 @@ def bench(argv, world, seconds=10):
     """Print where a step's time goes: -> windows a second. On several processes each measures its share."""
     config, changes = settings(argv, world)
     model = train.build(config, changes, world).train()
+    model.vision.LARGEST = 0                             # TinyVision's: pictures that were not seen before
     with tempfile.TemporaryDirectory() as folder:
         data = synthesise(folder, model.config)
         loader_rates = bench_loader(data, config, model.config, seconds / 5)
@@ -309,6 +311,7 @@ def naive_trunk(trunk, context, queries, query_steps, mask=None):
     if mask is not None:
         is_key = is_key & mask[:, at[order]]
     may = torch.ones(len(order), len(order), device=device).tril().bool() & is_key[:, None]
+    queries = queries + context[:, query_steps, 0] if trunk.told else queries
     x = trunk.embed_norm(torch.cat([context.flatten(1, 2), queries], 1)[:, order])
     for block in trunk.blocks:
         h = block.norm1(x)

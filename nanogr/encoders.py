@@ -5,8 +5,11 @@ GR1(config, vision, text) takes any modules of these shapes:
     text:   a list of B sentences -> (B, Dt)
 `frozen = False` says that a module is trained and saved with the rest.
 """
+import contextlib
 import logging
 import math
+import pathlib
+import re
 import zlib
 
 import numpy as np
@@ -18,9 +21,10 @@ from nanogr.common import UserError
 from nanogr.weights import read_weights
 
 
-# Presets whose encoders are small ones of our own, and train with the rest -> 3x3 convolutions behind the
-# image encoder's first: none tells a drawn world's blocks, CALVIN's shaded and shadowed ones take some.
-LAPTOP = {"tiny": 0, "gr2-tiny": 0, "small": 3}
+# Presets whose encoders are small ones of our own -> 3x3 convolutions behind the image encoder's first: none
+# tells a drawn world's blocks, CALVIN's shaded and shadowed ones take some.
+LAPTOP = {"tiny": 0, "gr2-tiny": 0, "small": 3, "calvin": 3}
+EYE = pathlib.Path(__file__).resolve().parent.parent / "assets" / "calvin-eye.safetensors"    # calvin's
 
 
 def build_encoders(config, vision=None, text=None, vision_weights="hub", text_weights="hub"):
@@ -28,10 +32,13 @@ def build_encoders(config, vision=None, text=None, vision_weights="hub", text_we
     words that say where the weights come from: "hub", "none" (random) or a file; None: as vision_weights and
     text_weights say. Those of LAPTOP are their own. UserError if they can't be had.
     """
+    if config.preset == "calvin" and vision is None:
+        vision = open_eye(config, vision_weights)
     vision, text = vision_weights if vision is None else vision, build_text(config, text, text_weights)
     if config.preset in LAPTOP:
         own = its_own(config, vision)
-        return TinyVision(config.vision_dim, LAPTOP[config.preset]) if own else vision, text
+        made = TinyVision(config.vision_dim, LAPTOP[config.preset], painted=config.preset == "calvin")
+        return made if own else vision, text
     return fill(MAEVision, vision, "image encoder timm/vit_base_patch16_224.mae", "--mae",
                 "mae_pretrain_vit_base.pth"), text
 
@@ -40,9 +47,31 @@ def build_text(config, text=None, text_weights="hub"):
     """The text encoder of a preset, GR-1's or GR-2's, see build_encoders."""
     text = text_weights if text is None else text
     if config.preset in LAPTOP:
-        return HashText(config.text_dim) if its_own(config, text) else text
+        return HashText(config.text_dim, config.preset != "calvin") if its_own(config, text) else text
     return fill(CLIPText, text, "text encoder open_clip ViT-B-32-quickgelu 'openai'", "--clip",
                 "open_clip_model.safetensors")
+
+
+def open_eye(config, source):
+    """The preset calvin's image encoder. Its eye is what nanogr/painter.py made, frozen as MAE is: "hub",
+    ours; a file; "none": random, and trained with the rest."""
+    made = TinyVision(config.vision_dim, LAPTOP["calvin"], painted=True)
+    if source != "none":
+        source, eye = EYE if source == "hub" else source, made.eye()
+        made.load_state_dict(matching(eye, read_weights(source), source), strict=False)
+        for name, p in made.named_parameters():
+            p.requires_grad_(name not in eye)
+    return made
+
+
+def same_eye(vision, state, path):
+    """UserError if the checkpoint `path` was trained with another eye than the frozen one of `vision`. To be
+    asked before its weights are loaded: they hold its own."""
+    if isinstance(vision, TinyVision) and not vision.maps.weight.requires_grad:
+        pairs = [(x, state.get(f"vision.{name}", x)) for name, x in vision.eye().items()]
+        if not all(mine.shape == theirs.shape and torch.equal(mine.cpu(), theirs) for mine, theirs in pairs):
+            raise UserError(f"{path} was trained with another eye: give it with --mae FILE, or --mae none if "
+                            "it was trained with the rest")
 
 
 def its_own(config, encoder):
@@ -68,18 +97,22 @@ def fill(encoder, source, what, flag, example):
     finally:
         logging.disable(logging.NOTSET)
     if source not in ("hub", "none"):
-        state, (module,) = read_weights(source), made.children()
-        wanted = module.state_dict()
-        missing = [key for key in wanted if key not in state]
-        if missing:
-            raise UserError(f"{source} is no weights file for this encoder: it lacks {missing[0]}"
-                            + (f" and {len(missing) - 1} more" if missing[1:] else ""))
-        for key, tensor in wanted.items():
-            if state[key].shape != tensor.shape:
-                raise UserError(f"{source} is for another size: {key} has {tuple(state[key].shape)}, not "
-                                f"{tuple(tensor.shape)}")
-        module.load_state_dict({key: state[key] for key in wanted})
+        (module,) = made.children()
+        module.load_state_dict(matching(module.state_dict(), read_weights(source), source))
     return made
+
+
+def matching(wanted, state, source):
+    """Of a state dict, which may hold more, the tensors that `wanted` names; UserError if they do not fit."""
+    missing = [key for key in wanted if key not in state]
+    if missing:
+        raise UserError(f"{source} is no weights file for this encoder: it lacks {missing[0]}"
+                        + (f" and {len(missing) - 1} more" if missing[1:] else ""))
+    for key, tensor in wanted.items():
+        if state[key].shape != tensor.shape:
+            raise UserError(f"{source} is for another size: {key} has {tuple(state[key].shape)}, not "
+                            f"{tuple(tensor.shape)}")
+    return {key: state[key] for key in wanted}
 
 
 class MAEVision(nn.Module):
@@ -128,23 +161,36 @@ class CLIPText(nn.Module):
 
 
 class TinyVision(nn.Module):
-    """A small encoder trained with the rest: (N, 3, S, S) -> CLS (N, Dv), keypoints (N, points, Dv).
+    """A small encoder saved with the rest: (N, 3, S, S) -> CLS (N, Dv), keypoints (N, points, Dv).
 
     A keypoint stands for a patch. It is the spatial softmax (Levine et al. 2016, arXiv 1504.00702) of a
     learned map over cells of 4 px: the mean place, how high the map peaks, and what the cells show there.
     CLS reads where all of them are and how high. A robot needs to know what is where. `depth` residual
-    convolutions let a cell see `depth` cells around it.
+    convolutions let a cell see `depth` cells around it. painted: with the finer stem that painter.py teaches.
     """
     frozen = False
+    LARGEST = 400_000              # pictures whose points are remembered, 1.8 GB a process; 0: none
 
-    def __init__(self, width, depth=0, points=32):
+    def __init__(self, width, depth=0, points=32, painted=False):
         super().__init__()
-        cell = width // 2                                # features of a cell of 4 px: a block is 5 px wide
-        self.stem, self.maps = nn.Conv2d(3, cell, 4, 4), nn.Conv2d(cell, points, 1)
+        cell, self.painted = width // 2, painted         # features of a cell of 4 px: a block is 5 px wide
+        if painted:
+            self.stem = nn.Sequential(nn.Conv2d(3, 32, 3, 2, 1), nn.GELU(), nn.Conv2d(32, cell, 3, 2, 1))
+        else:
+            self.stem = nn.Conv2d(3, cell, 4, 4)
+        # mean and spread of what the points say, over many pictures: a trunk reads differences
+        self.register_buffer("middle", torch.zeros(points, 3 + cell), persistent=painted)
+        self.register_buffer("spread", torch.ones(points, 3 + cell), persistent=painted)
+        self.maps = nn.Conv2d(cell, points, 1)
         self.around = nn.ModuleList(nn.Conv2d(cell, cell, 3, padding=1) for _ in range(depth))
         self.cls = nn.Linear(3 * points, width)
         self.token, self.identity = nn.Linear(3 + cell, width), nn.Parameter(torch.zeros(points, width))
-        self.norm = nn.LayerNorm(width)
+        self.norm, self.memory = nn.LayerNorm(width), {}
+
+    def eye(self):
+        """The state dict of what says where a point is and what is there: all but what the trunk is told."""
+        others = "cls.", "token.", "norm.", "identity"
+        return {name: x for name, x in self.state_dict().items() if not name.startswith(others)}
 
     def look(self, images):
         """What cells show (N, Dv / 2, H * W), the points' maps (N, points, H * W), these as shares of 1."""
@@ -155,25 +201,60 @@ class TinyVision(nn.Module):
         # of equal spread, so that none saturates; 3: even a random map's peak outweighs its 256 cells
         return cells, maps, (3 * F.layer_norm(maps, maps.shape[-1:])).softmax(-1)
 
+    def points(self, images):
+        """Of each keypoint (N, points, 3 + Dv / 2): the mean place, column and row [8 px from the middle],
+        how high its map peaks, what the cells show there."""
+        exact = self.painted and images.device.type in ("cpu", "cuda")          # bf16 points half a px aside
+        with torch.autocast(images.device.type, enabled=False) if exact else contextlib.nullcontext():
+            cells, maps, heat = self.look(images)
+            where = heat @ places(math.isqrt(heat.shape[-1]), heat.device)
+            return torch.cat([where, maps.amax(-1, keepdim=True), heat @ cells.transpose(1, 2)], -1)
+
+    def measure(self, images):
+        """Take the mean and spread of what the points say of batches of images (N, 3, S, S)."""
+        with torch.no_grad():
+            points = torch.cat([self.points(x) for x in images])
+        self.middle, self.spread = points.mean(0), points.std(0) + 0.02          # a point may say nothing new
+
+    @torch.compiler.disable
+    def remembered(self, images, group=16):
+        """points(images), computed once for each picture: a frozen eye says the same in every epoch. Always
+        `group` at once, so that they are the same to the last bit, whatever others are new with them."""
+        keys = [hash(image.tobytes()) for image in images.contiguous().numpy()]
+        if len(self.memory) + len(keys) > self.LARGEST:
+            self.memory = {}
+        new = [i for key, i in {key: i for i, key in enumerate(keys)}.items() if key not in self.memory]
+        for start in range(0, len(new), group):
+            some = new[start:start + group]
+            points = self.points(images[some + some[-1:] * (group - len(some))])
+            self.memory.update(zip([keys[i] for i in some], points))
+        return torch.stack([self.memory[key] for key in keys])
+
     def forward(self, images):
-        cells, maps, heat = self.look(images)
-        side = math.isqrt(heat.shape[-1])
-        line = torch.linspace(-side / 4, side / 4, side, device=heat.device)      # [8 px from the middle]
-        grid = torch.stack([line.repeat(side), line.repeat_interleave(side)], 1)           # column, row
-        where, top = heat @ grid, maps.amax(-1, keepdim=True)                     # (N, 32, 2), (N, 32, 1)
-        tokens = self.token(torch.cat([where, top, heat @ cells.transpose(1, 2)], -1))
-        return self.cls(torch.cat([where.flatten(1), top.flatten(1)], 1)), self.norm(tokens + self.identity)
+        frozen = not self.maps.weight.requires_grad
+        again = self.training and frozen and self.LARGEST and images.device.type == "cpu"
+        points = ((self.remembered if again else self.points)(images) - self.middle) / self.spread
+        where_and_peak = torch.cat([points[..., :2].flatten(1), points[..., 2]], 1)
+        return self.cls(where_and_peak), self.norm(self.token(points) + self.identity)
+
+
+def places(side, device=None):
+    """Where side * side cells of 4 px are, row by row: column, row (side * side, 2), as in `points`."""
+    line = torch.linspace(-side / 4, side / 4, side, device=device)
+    return torch.stack([line.repeat(side), line.repeat_interleave(side)], 1)
 
 
 class HashText(nn.Module):
     """A text encoder that needs no download: words and word pairs, hashed to fixed random directions, summed.
     Knows which words and pairs occur, not what they mean; enough for a closed set of instructions.
+    pairs=False: words alone, no commas. CALVIN judges by sentences that no demonstration has: their words are
+    known, their pairs are not, and half of what the trunk then reads is noise (docs/log.md).
     """
     frozen = True
 
-    def __init__(self, width):
+    def __init__(self, width, pairs=True):
         super().__init__()
-        self.width = width
+        self.width, self.pairs = width, pairs
         self.register_buffer("device_of", torch.zeros(0), persistent=False)
 
     def direction(self, text):
@@ -182,7 +263,7 @@ class HashText(nn.Module):
     def forward(self, sentences):
         rows = []
         for sentence in sentences:
-            words = sentence.lower().split()
-            rows.append(sum(map(self.direction, words + [" ".join(pair) for pair in zip(words, words[1:])]),
-                            np.zeros(self.width)))
+            words = sentence.lower().split() if self.pairs else re.findall(r"\w+", sentence.lower())
+            pairs = [" ".join(pair) for pair in zip(words, words[1:])] if self.pairs else []
+            rows.append(sum(map(self.direction, words + pairs), np.zeros(self.width)))
         return torch.tensor(np.stack(rows), dtype=torch.float32, device=self.device_of.device)

@@ -20,7 +20,8 @@ def test_commands_say_what_is_wrong(tabletop_data, checkpoints, tmp_path):
     (damaged / "model.safetensors").write_bytes((damaged / "model.safetensors").read_bytes()[:-8])
     for command, *needed in (["train.py"], ["eval_calvin.py"], ["sample.py"], ["-m nanogr.worlds.tabletop"],
                              ["-m nanogr.clips", "A"], ["-m nanogr.worlds.calvin"], ["-m nanogr.bench"],
-                             ["record_calvin.py"], ["prepare_calvin.py", "A", "B"]):
+                             ["record_calvin.py"], ["prepare_calvin.py", "A", "B"],
+                             ["-m nanogr.painter", "--data", "A", "--out", "B"]):
         assert fails_in_one_line(command, *needed, "--hepl", words=["--hepl", "did you mean --help?"])
     start = training("finetune", robot, out)
     judge = ["eval_calvin.py", "--episodes", 1, "--chains", 0, "--workers", 1, "--out", out]

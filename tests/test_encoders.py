@@ -3,6 +3,7 @@ from unittest import mock
 
 import torch
 
+from model import preset_config
 from nanogr import encoders
 from tests.helpers import same
 
@@ -36,3 +37,13 @@ def test_a_sentence_is_encoded_the_same_in_any_company():
     assert text(["a"]).tolist() == wanted[:1] and text(list("abcdefg")).tolist() == wanted
     text.cache = {}
     assert text(list("abcdefg")).tolist() == wanted and text(list("ga")).tolist() == [wanted[6], wanted[0]]
+
+
+def test_words_alone_are_read_in_any_order():
+    """Catches a comma that makes another word, pairs where a preset should hear none, or none elsewhere."""
+    sentences = ["Take the red block, then push it", "push then take it the red block", "take the blue block"]
+    words, pairs = (encoders.HashText(64, pairs)(sentences) for pairs in (False, True))
+    assert same(words[0], words[1], 1e-5) and not same(words[0], words[2], 0.1)
+    assert not same(pairs[0], pairs[1], 0.1)
+    calvin, tiny = (encoders.build_text(preset_config(name)) for name in ("calvin", "tiny"))
+    assert tiny.pairs and not calvin.pairs
