@@ -17,7 +17,6 @@ import sys
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from safetensors.torch import save
 from tqdm import tqdm
 
