@@ -547,7 +547,8 @@ def build(config, changes, world):
     state = None if init == "none" else weights.read_checkpoint(init)
     torch.manual_seed(config.seed)
     encoders = (gr2.build_encoders(model_config, config.tokenizer, config.text_weights) if kind is gr2 else
-                build_encoders(model_config, None, None, config.vision_weights, config.text_weights))
+                build_encoders(model_config, vision_weights=config.vision_weights,
+                               text_weights=config.text_weights))
     encoders[1].group = 16                               # CLIP's, see there: a resumed run gets the same bits
     model = (gr2.GR2 if kind is gr2 else GR1)(model_config, *encoders)
     model.trunk.unused_wte.requires_grad_(False)         # DDP would wait for its gradient

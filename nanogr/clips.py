@@ -440,6 +440,11 @@ class Clips:
                 frames[name] = self.decode(jpegs, size, f"shard {number:05d}, clip {i}, camera {name}")
         return frames
 
+    def single(self, camera, ids, steps):
+        """One frame of each of the clips `ids`, at `steps` (both int64 (N,)): uint8 (N, H, W, 3)."""
+        return np.concatenate([self.pictures(i, step, 1, [camera])[camera]
+                               for i, step in zip(ids.tolist(), steps.tolist())])
+
     def decode(self, jpegs, size, where):
         """Decode n JPEGs to uint8 (n, H, W, 3)."""
         frames = np.empty((len(jpegs), *size, 3), np.uint8)

@@ -32,13 +32,12 @@ def build_encoders(config, vision=None, text=None, vision_weights="hub", text_we
     words that say where the weights come from: "hub", "none" (random) or a file; None: as vision_weights and
     text_weights say. Those of LAPTOP are their own. UserError if they can't be had.
     """
+    text = build_text(config, text, text_weights)
     if config.preset == "calvin" and vision is None:
-        vision = open_eye(config, vision_weights)
-    vision, text = vision_weights if vision is None else vision, build_text(config, text, text_weights)
+        return open_eye(config, vision_weights), text
+    vision = vision_weights if vision is None else vision
     if config.preset in LAPTOP:
-        own = its_own(config, vision)
-        made = TinyVision(config.vision_dim, LAPTOP[config.preset], painted=config.preset == "calvin")
-        return made if own else vision, text
+        return tiny_vision(config) if its_own(config, vision) else vision, text
     return fill(MAEVision, vision, "image encoder timm/vit_base_patch16_224.mae", "--mae",
                 "mae_pretrain_vit_base.pth"), text
 
@@ -52,10 +51,15 @@ def build_text(config, text=None, text_weights="hub"):
                 "open_clip_model.safetensors")
 
 
+def tiny_vision(config):
+    """The image encoder of a preset of LAPTOP, with random weights."""
+    return TinyVision(config.vision_dim, LAPTOP[config.preset], painted=config.preset == "calvin")
+
+
 def open_eye(config, source):
     """The preset calvin's image encoder. Its eye is what nanogr/painter.py made, frozen as MAE is: "hub",
     ours; a file; "none": random, and trained with the rest."""
-    made = TinyVision(config.vision_dim, LAPTOP["calvin"], painted=True)
+    made = tiny_vision(config)
     if source != "none":
         source, eye = EYE if source == "hub" else source, made.eye()
         made.load_state_dict(matching(eye, read_weights(source), source), strict=False)
@@ -137,8 +141,7 @@ class CLIPText(nn.Module):
     hub: with OpenAI's weights, which open_clip fetches from the hub; else random ones.
     """
     frozen = True
-    group = 1                      # sentences encoded at once, always so many: then a sentence's row is the
-                                   # same to the last bit, whatever others are new together with it
+    group = 1                      # sentences encoded at once, always so many, see recall
 
     def __init__(self, hub=False):
         super().__init__()
@@ -150,14 +153,22 @@ class CLIPText(nn.Module):
 
     @torch.no_grad()
     def forward(self, sentences):
-        new = [s for s in dict.fromkeys(sentences) if s not in self.cache]
-        if len(self.cache) + len(new) > 10_000:          # Ego4D has millions of sentences, CALVIN 400
-            self.cache, new = {}, list(dict.fromkeys(sentences))
-        for i in range(0, len(new), self.group):
-            some = new[i:i + self.group]
-            tokens = self.tokenize(some + some[-1:] * (self.group - len(some)))
-            self.cache.update(zip(some, self.clip.encode_text(tokens.to(self.clip.text_projection.device))))
-        return torch.stack([self.cache[s] for s in sentences])
+        encode = lambda some: self.clip.encode_text(self.tokenize(some).to(self.clip.text_projection.device))
+        return recall(self.cache, sentences, encode, self.group, 10_000)     # Ego4D has millions, CALVIN 400
+
+
+def recall(memory, keys, compute, group, most):
+    """compute(keys) (N, ...), each key's row computed once and kept in the dict `memory`, `most` of them.
+    compute gets always `group` keys at once: then a row is the same to the last bit, whatever others are new
+    together with it."""
+    new = [key for key in dict.fromkeys(keys) if key not in memory]
+    if len(memory) + len(new) > most:
+        memory.clear()
+        new = list(dict.fromkeys(keys))
+    for i in range(0, len(new), group):
+        some = new[i:i + group]
+        memory.update(zip(some, compute(some + some[-1:] * (group - len(some)))))
+    return torch.stack([memory[key] for key in keys])
 
 
 class TinyVision(nn.Module):
@@ -218,17 +229,11 @@ class TinyVision(nn.Module):
 
     @torch.compiler.disable
     def remembered(self, images, group=16):
-        """points(images), computed once for each picture: a frozen eye says the same in every epoch. Always
-        `group` at once, so that they are the same to the last bit, whatever others are new with them."""
+        """points(images), computed once for each picture: a frozen eye says the same in every epoch."""
         keys = [hash(image.tobytes()) for image in images.contiguous().numpy()]
-        if len(self.memory) + len(keys) > self.LARGEST:
-            self.memory = {}
-        new = [i for key, i in {key: i for i, key in enumerate(keys)}.items() if key not in self.memory]
-        for start in range(0, len(new), group):
-            some = new[start:start + group]
-            points = self.points(images[some + some[-1:] * (group - len(some))])
-            self.memory.update(zip([keys[i] for i in some], points))
-        return torch.stack([self.memory[key] for key in keys])
+        at = {key: i for i, key in enumerate(keys)}
+        look = lambda some: self.points(images[[at[key] for key in some]])
+        return recall(self.memory, keys, look, group, self.LARGEST)
 
     def forward(self, images):
         frozen = not self.maps.weight.requires_grad

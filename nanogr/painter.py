@@ -23,9 +23,10 @@ from tqdm import tqdm
 from model import preset_config, to_pixels
 from nanogr import clips
 from nanogr.common import Parser, UserError, run_script, write_whole
-from nanogr.encoders import LAPTOP, TinyVision, places
+from nanogr.encoders import places, tiny_vision
 
-SIDES = preset_config("calvin").cameras                 # {camera: px}
+CONFIG = preset_config("calvin")
+SIDES = CONFIG.cameras                                  # {camera: px}
 
 
 class Painter(nn.Module):
@@ -66,11 +67,9 @@ class Painter(nn.Module):
 
 def frames_of(data, ids, count, rng):
     """So many random frames of the clips `ids`: {camera: uint8 (count, 3, S, S)}."""
-    found = {camera: [] for camera in SIDES}
-    for i in rng.choice(ids, count).tolist():
-        for camera, x in data.pictures(i, int(rng.integers(data.lengths[i])), 1, list(SIDES)).items():
-            found[camera].append(x[0])
-    return {camera: torch.from_numpy(np.stack(x)).movedim(-1, 1).contiguous() for camera, x in found.items()}
+    ids = rng.choice(ids, count)
+    steps = rng.integers(data.lengths[ids])
+    return {camera: torch.from_numpy(data.single(camera, ids, steps)).movedim(-1, 1) for camera in SIDES}
 
 
 def train(data, ids, steps, frames, batch=32, lr=2e-3, seed=0):
@@ -79,7 +78,7 @@ def train(data, ids, steps, frames, batch=32, lr=2e-3, seed=0):
     rng = np.random.default_rng(seed)
     seen = frames_of(data, ids, frames, rng)
     some = {camera: to_pixels(x[:4000], SIDES[camera]) for camera, x in seen.items()}
-    painter = Painter(TinyVision(preset_config("calvin").vision_dim, LAPTOP["calvin"], painted=True), some)
+    painter = Painter(tiny_vision(CONFIG), some)
     trained = list(painter.parameters())
     optimizer = torch.optim.AdamW(trained, lr, (0.9, 0.95), weight_decay=1e-4)
     bar = tqdm(range(steps), desc="painter", disable=not sys.stderr.isatty())

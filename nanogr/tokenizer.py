@@ -366,10 +366,9 @@ def frames_of(data, camera, rng, count, ahead=0):
         raise UserError(f"{data.directory} has no clip of more than {ahead} frames")
     ids = rng.choice(np.flatnonzero(data.lengths > ahead), count)
     starts = rng.integers(data.lengths[ids] - ahead)
-    read = lambda later: np.concatenate([data.read(i, start + later, 1, [camera])["frames"][camera]
-                                         for i, start in zip(ids.tolist(), starts.tolist())])
     side = SIDES.get(camera, SIDES["rgb_static"])
-    pixels = [to_pixels(torch.from_numpy(read(later)).movedim(-1, 1), side) for later in sorted({0, ahead})]
+    pixels = [to_pixels(torch.from_numpy(data.single(camera, ids, starts + later)).movedim(-1, 1), side)
+              for later in sorted({0, ahead})]
     return pixels if ahead else pixels[0]
 
 

@@ -55,7 +55,7 @@ def test_painting_teaches_where_things_are(tmp_path):
     images = {camera: to_pixels(x, painter.SIDES[camera]) for camera, x in frames.items()}
     torch.manual_seed(0)
     before, after = (misses(vision, images["rgb_static"]) for vision in (
-        encoders.TinyVision(64, encoders.LAPTOP["calvin"], painted=True), made.vision))
+        encoders.tiny_vision(painter.CONFIG), made.vision))
     with torch.no_grad():
         share = painter.loss(made, images["rgb_static"], "rgb_static").item()
         points = torch.cat([made.vision.points(x) for x in images.values()])
