@@ -68,8 +68,9 @@ def shove(kind, place, rng):
     return steps, place + rng.uniform(0.01, 0.03) * np.array([np.cos(angle), np.sin(angle), 0.3]), 0
 
 
-LED = 10, 46                   # timesteps that a policy has before the expert takes over: from, to below
-STILL = 0.02                   # what moves less in a window's time is stuck [joints: rad, fingers: m]
+LED = 1, 26                    # timesteps that a policy has before the expert takes over: from, to below
+STILL = 0.02                   # what moves less in PAUSE timesteps is stuck [joints: rad, fingers: m]
+PAUSE = 4
 SOON = 12                      # an expert's demonstration with fewer steps: the policy had all but done it
 
 
@@ -83,7 +84,7 @@ def begin(world, expert, policy, task, start, held, rng, remember):
     to be seen, not to be learned."""
     steps, rows = [], slice(6, 14)                             # of robot_obs
     sentence, most = str(rng.choice(calvin.SENTENCES[task]["training"])), policy.stride * rng.integers(*LED)
-    back = policy.stride * (policy.model.config.window - 1)
+    back, pause = policy.stride * (policy.model.config.window - 1), policy.stride * PAUSE
     policy.reset()
     state = world.observe()
     while True:
@@ -97,7 +98,7 @@ def begin(world, expert, policy, task, start, held, rng, remember):
             expert.grip = int(action[6])
             if calvin.success(task, start, world.get_info()):
                 return [], True
-        before = steps[-back].observation["robot_obs"] if 0 < back < len(steps) else np.inf
+        before = steps[-pause].observation["robot_obs"] if pause < len(steps) else np.inf
         stuck = np.abs(state["robot_obs"] - before)[rows].max() < STILL
         if len(steps) >= calvin.STEPS or (stuck or len(steps) >= most) and expert.held() == held:
             return steps[-back:] if back else [], False
@@ -117,10 +118,8 @@ def demonstrate(world, expert, task, rng, noise=0, drags=0, remember=lambda worl
     """
     start, steps, done, left = world.get_info(), [], False, int(rng.integers(1, 4))
     held = expert.held()
-    if policy and expert.unfinished is None:                   # to end a motion first is the expert's matter
+    if policy:
         steps, done = begin(world, expert, policy, task, start, held, rng, remember)
-        if expert.held() not in (None, held):
-            expert.grasp_pitch = -1.0 if expert.robot.target_orn[1] < -0.5 else 0.0
         if done:
             return Demo(task, done, steps)
     led = len(steps)
