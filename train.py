@@ -90,6 +90,7 @@ class TrainConfig:
     kl_weight: float = 10.0        # of GR-2's action VAE; a nat costs as much as an arm error of 0.1
     hide_states: float = 0.1       # GR-2: share of the windows without states, as in video that it rolls out
     video_steps: int = -1          # timesteps of a window that foresee, at random; 0: all; -1: the preset's
+    video_every: int = 0           # one in so many steps foresees, and weighs as many; 0: the preset's
     shift: float = -1.0            # random shift, share of the image side; -1: the preset's
     # the machine
     precision: str = "auto"        # auto: bf16 on a GPU, fp32 on a CPU
@@ -125,7 +126,7 @@ PRESETS = {
 PRESETS["small", "pretrain"] = PRESETS["tiny", "pretrain"]
 PRESETS["small", "finetune"] = PRESETS["tiny", "finetune"] | dict(steps=8000)
 PRESETS["calvin", "pretrain"] = PRESETS["tiny", "pretrain"]
-PRESETS["calvin", "finetune"] = PRESETS["tiny", "finetune"] | dict(batch=48, steps=5000)
+PRESETS["calvin", "finetune"] = PRESETS["tiny", "finetune"] | dict(batch=240, steps=6000, video_every=5)
 PRESETS["real", "pretrain"] = PRESETS["gr1", "pretrain"]         # paper, real robot: batch and epochs differ
 PRESETS["real", "finetune"] = PRESETS["gr1", "finetune"] | dict(batch=64, epochs=30, warmup=1 / 30)
 # GR-2's optimizer is not published: GR-1's, at a lower rate for L and XL. No shift, for codes are made once,
@@ -150,8 +151,8 @@ MODEL_FLAGS = {
     "--action-activation": ("action_activation", dict(action="store_true", help="ReLU in the action head")),
 }
 LEAST = dict(accumulate=1, windows_per_clip=1, log_every=1, eval_every=1, eval_batches=1, batch=1, steps=0,
-             epochs=0, seed=0, lr=0, weight_decay=0, shift=0, video_steps=0, workers=-1, kl_weight=0,
-             hide_states=0)
+             epochs=0, seed=0, lr=0, weight_decay=0, shift=0, video_steps=0, video_every=0, workers=-1,
+             kl_weight=0, hide_states=0)
 
 
 def family(preset):
@@ -331,13 +332,14 @@ def training_windows(data, ids, config, model_config, fingerprint="", learns=Fal
                          list(model_config.cameras), model_config.chunk, config.seed, config.windows_per_clip,
                          config.shift, config.video_steps if model_config.video else 0,
                          model_config.stride, model_config.latent if learns else 0,
-                         config.hide_states if learns else 0, fingerprint)
+                         config.hide_states if learns else 0, fingerprint, max(1, config.video_every))
 
 
 def held_out_windows(data, ids, config, model_config, world):
     """At most 64 at once, single ones, not shifted, that foresee at all steps."""
     size = max(1, min(64, config.batch) // world.size) * world.size
-    plain = dataclasses.replace(config, batch=size, windows_per_clip=1, shift=0, video_steps=0)
+    plain = dataclasses.replace(config, batch=size, windows_per_clip=1, shift=0, video_steps=0,
+                                video_every=1)
     return training_windows(data, ids, plain, model_config)
 
 
@@ -867,6 +869,7 @@ def train_step(step, learner, loader, config, world, skipped):
                 pixels = take_in(batch, model)
                 out = predict(net, model_config, batch, pixels)
                 named = losses(out, batch, pixels, model_config, counts)
+            named |= {c: named[c] * max(1, config.video_every) for c in model_config.cameras if c in named}
             loss = weighted(named, config) / config.accumulate
             # a loss that is not finite spoils the gradients of all processes, so that all skip the step
             loss.backward(torch.where(loss.detach().isfinite(), 1.0, math.nan))

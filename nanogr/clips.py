@@ -519,7 +519,8 @@ class Windows(torch.utils.data.Dataset):
         frames       {camera: uint8 (B/W, N+F, 3, H, W)}
         codes        {camera: int32 (B/W, N+F, P)}   instead of frames, if `fingerprint` names a tokenizer
         shifts       {camera: int64 (B/W, 2)}     up and to the left [px]; only if shift > 0
-        video_at     int64 (V,)                   all T steps, or `foresee` of them
+        video_at     int64 (V,)                   all T steps, or `foresee` of them; none, where foresee_every
+                                                  does not divide the number of the batch
         frame_at     int64 (B, T)                 a window's frames among all (B/W * N); only if W > 1
         sentences    [str] * B
         mask         bool (B, T)                  real steps
@@ -532,14 +533,16 @@ class Windows(torch.utils.data.Dataset):
     """
 
     def __init__(self, clips, ids, batch_size, window, future, cameras, chunk=1, seed=0, per_clip=1,
-                 shift=0.0, foresee=0, stride=1, latent=0, blind=0.0, fingerprint=""):
+                 shift=0.0, foresee=0, stride=1, latent=0, blind=0.0, fingerprint="",
+                 foresee_every=1):
         if not set(cameras) <= set(clips.cameras):
             raise UserError(f"{clips.directory} has the cameras {list(clips.cameras)}, not {list(cameras)}")
         if not len(ids):
             raise UserError(f"{clips.directory}: no clip to draw windows from")
         self.clips, self.ids, self.cameras = clips, np.asarray(ids), list(cameras)
         self.B, self.T, self.F, self.chunk = batch_size, window, future, chunk
-        self.seed, self.W, self.shift, self.foresee = seed, per_clip, shift, foresee
+        self.seed, self.W, self.shift = seed, per_clip, shift
+        self.foresee, self.foresee_every = foresee, foresee_every
         self.every, self.latent, self.blind = clips.frames_a_timestep(stride), latent, blind
         self.codes = [read_codes(clips, i, fingerprint) for i in range(len(clips.shards)) if fingerprint]
 
@@ -554,6 +557,7 @@ class Windows(torch.utils.data.Dataset):
         at = rng.integers(1 - window, lengths) - self.W // 2 * every     # where the first of W would start
         order = rng.permutation(self.T)
         video_at = order[:self.foresee] if self.foresee else np.arange(self.T)
+        video_at = video_at[:0] if step % self.foresee_every else video_at
         reach = {c: round(self.shift * self.clips.cameras[c][0]) for c in self.cameras}
         shifts = {c: rng.integers(-far, far + 1, (len(ids), 2)) for c, far in reach.items()}
         ids, lengths, at, *shifts = (np.split(x, parts)[part] for x in (ids, lengths, at, *shifts.values()))

@@ -21,7 +21,8 @@ import model as gr1
 import train
 from nanogr import clips, common, encoders, weights
 from nanogr.worlds import tabletop
-from tests.helpers import ROOT, SIZES, Waits, fails_in_one_line, read_log, refused, run, same, training
+from tests.helpers import (ROOT, SIZES, Waits, fails_in_one_line, make_data_set, read_log, refused, run, same,
+                           training)
 
 
 def test_shift_is_one_for_a_window():
@@ -46,6 +47,27 @@ def test_targets_are_counted_where_they_are_asked_for():
         assert train.count_targets(batch).tolist() == [float(count) for count in counts]
     del batch["action_mask"]                                                  # pre-training
     assert train.count_targets(batch).tolist() == [0, batch["future_mask"][:, 1].sum()]
+
+
+def test_one_step_of_some_foresees_for_all(tmp_path):
+    """Catches --video-every that asks at other steps, divides by what was not asked, or weighs too little."""
+    data = clips.open_data(make_data_set(tmp_path))[0]
+    config = gr1.preset_config("tiny", window=2, cameras=dict(rgb_static=32))
+    figures = {}
+    for every in 1, 3:
+        torch.manual_seed(0)
+        model = gr1.GR1(config, *encoders.build_encoders(config))
+        settings = train.TrainConfig(batch=4, steps=9, lr=1e-3, video_weight=1, weight_decay=0, shift=0,
+                                     video_steps=1, beta2=0.9, video_every=every)
+        windows = train.training_windows(data, np.arange(5), settings, config)
+        asked = [len(windows[step]["video_at"]) > 0 for step in range(7)]
+        assert asked == [step % every == 0 for step in range(7)]
+        learner, none = train.equip(model, settings, train.Processes()), torch.zeros(2, dtype=torch.int64)
+        figures[every] = [train.train_step(step, learner, iter([windows[step]]), settings, train.Processes(),
+                                           none)[0] for step in range(2)]
+    (often, _), (seldom, unasked) = figures[1], figures[3]
+    assert seldom["rgb_static"].item() == pytest.approx(3 * often["rgb_static"].item())
+    assert seldom["arm"] == often["arm"] and unasked["rgb_static"] == 0 and unasked["grad_norm"].isfinite()
 
 
 @pytest.mark.parametrize("preset", ["gr1", "tiny", "gr2-tiny"])
