@@ -64,7 +64,7 @@ from nanogr.policy import change_errors, pictures, to_images
 class TrainConfig:
     """One training run. Every field is a flag; 0 and "" mean the preset's (see PRESETS) where they say so."""
     stage: str = "finetune"        # pretrain: video only; finetune: robot demonstrations
-    preset: str = "tiny"           # tiny, small (laptops'), gr1 (the paper's), real (its robot's); or gr2-...
+    preset: str = "tiny"           # tiny, calvin (laptops'), gr1 (the paper's), real (its robot's); or gr2-...
     data: str = ""                 # packed clips, or a folder of training/ and validation/; "": the tabletop
     data_fraction: float = 1.0     # share of each task's clips to train on; 0.1: the paper's 10% setting
     out: str = ""                  # "": out/STAGE
@@ -123,10 +123,8 @@ PRESETS = {
                                shift=0, video_steps=1, video_weight=1,
                                fresh="trunk,vision,resampler,embed_language,embed_latents,embed_cls"),
 }
-PRESETS["small", "pretrain"] = PRESETS["tiny", "pretrain"]
-PRESETS["small", "finetune"] = PRESETS["tiny", "finetune"] | dict(steps=8000)
 PRESETS["calvin", "pretrain"] = PRESETS["tiny", "pretrain"]
-PRESETS["calvin", "finetune"] = PRESETS["tiny", "finetune"] | dict(batch=240, steps=6000, video_every=5)
+PRESETS["calvin", "finetune"] = PRESETS["tiny", "finetune"] | dict(batch=240, steps=4800, video_every=5)
 PRESETS["real", "pretrain"] = PRESETS["gr1", "pretrain"]         # paper, real robot: batch and epochs differ
 PRESETS["real", "finetune"] = PRESETS["gr1", "finetune"] | dict(batch=64, epochs=30, warmup=1 / 30)
 # GR-2's optimizer is not published: GR-1's, at a lower rate for L and XL. No shift, for codes are made once,

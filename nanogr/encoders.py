@@ -23,7 +23,7 @@ from nanogr.weights import read_weights
 
 # Presets whose encoders are small ones of our own -> 3x3 convolutions behind the image encoder's first: none
 # tells a drawn world's blocks, CALVIN's shaded and shadowed ones take some.
-LAPTOP = {"tiny": 0, "gr2-tiny": 0, "small": 3, "calvin": 3}
+LAPTOP = {"tiny": 0, "gr2-tiny": 0, "calvin": 3}
 EYE = pathlib.Path(__file__).resolve().parent.parent / "assets" / "calvin-eye.safetensors"    # calvin's
 
 
