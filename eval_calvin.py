@@ -170,7 +170,7 @@ class Scripted(Baseline):
 
     def seed(self, seed):
         super().seed(seed)
-        self.expert = None                                    # it remembers what it left unfinished
+        self.expert = None                                    # it remembers what the gripper was told
 
     def start(self, world, task):
         if isinstance(world, calvin.Calvin):

@@ -100,7 +100,7 @@ def begin(world, expert, policy, task, start, held, rng, remember):
                 return [], True
         before = steps[-pause].observation["robot_obs"] if pause < len(steps) else np.inf
         stuck = np.abs(state["robot_obs"] - before)[rows].max() < STILL
-        if len(steps) >= calvin.STEPS or (stuck or len(steps) >= most) and expert.held() == held:
+        if len(steps) >= calvin.STEPS or (stuck or len(steps) >= most) and expert.held() in (None, held):
             return steps[-back:] if back else [], False
 
 
@@ -145,7 +145,7 @@ def demonstrate(world, expert, task, rng, noise=0, drags=0, remember=lambda worl
         observation = world.step(executed)
         done = done or calvin.success(task, start, world.get_info())
     steps.append(Step(remember(world), observation, *np.full((2, 7), np.nan)))
-    return Demo(task, done, [] if led and done and len(steps) - led <= SOON else steps)
+    return Demo(task, done, [] if policy and done and len(steps) - led <= SOON else steps)
 
 
 def steps_of(demo):

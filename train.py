@@ -64,7 +64,7 @@ from nanogr.policy import change_errors, pictures, to_images
 class TrainConfig:
     """One training run. Every field is a flag; 0 and "" mean the preset's (see PRESETS) where they say so."""
     stage: str = "finetune"        # pretrain: video only; finetune: robot demonstrations
-    preset: str = "tiny"           # tiny, calvin (laptops'), gr1 (the paper's), real (its robot's); or gr2-...
+    preset: str = "tiny"           # tiny, calvin (laptops'), gr1 (the paper's), real (its robot's), gr2-...
     data: str = ""                 # packed clips, or a folder of training/ and validation/; "": the tabletop
     data_fraction: float = 1.0     # share of each task's clips to train on; 0.1: the paper's 10% setting
     out: str = ""                  # "": out/STAGE
@@ -90,7 +90,7 @@ class TrainConfig:
     kl_weight: float = 10.0        # of GR-2's action VAE; a nat costs as much as an arm error of 0.1
     hide_states: float = 0.1       # GR-2: share of the windows without states, as in video that it rolls out
     video_steps: int = -1          # timesteps of a window that foresee, at random; 0: all; -1: the preset's
-    video_every: int = 0           # one in so many steps foresees, and weighs as many; 0: the preset's
+    video_every: int = 0           # one in so many steps foresees, its loss times as many; 0: the preset's
     shift: float = -1.0            # random shift, share of the image side; -1: the preset's
     # the machine
     precision: str = "auto"        # auto: bf16 on a GPU, fp32 on a CPU

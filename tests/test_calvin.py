@@ -224,7 +224,7 @@ def test_a_dragged_arm_finds_its_way(world):
 @SIMULATOR
 @pytest.mark.parametrize("task", ["open_drawer", "lift_red_block_slider", "push_blue_block_left",
                                   "rotate_pink_block_right", "turn_off_lightbulb"])
-def test_the_expert_remembers_nothing(world, task):
+def test_the_expert_goes_by_what_is_seen(world, task):
     """Catches a skill that goes by what was done, which no policy can see: an expert that is made anew at
     each step does the task too."""
     world.reset(*calvin.draw_start("D", task, 1))
@@ -242,10 +242,11 @@ def test_the_expert_remembers_nothing(world, task):
 
 class Learner:
     """In a policy's place: does as `actions` says, a timestep of four steps after the other."""
-    stride, model = 4, types.SimpleNamespace(config=types.SimpleNamespace(window=5))
+    stride = 4
 
-    def __init__(self, actions):
+    def __init__(self, actions, window=5):
         self.actions, self.steps = actions, 0
+        self.model = types.SimpleNamespace(config=types.SimpleNamespace(window=window))
 
     def reset(self):
         self.steps = 0
@@ -259,15 +260,16 @@ class Learner:
 @SIMULATOR
 def test_the_expert_takes_over_from_a_policy(world):
     """Catches a policy's own actions taught as if right, a clip without what led to the takeover or with
-    what the policy did alone, one that waits for a policy that is stuck, an expert that believes the gripper
-    to be as it left it."""
-    def demonstrate(actions):
-        rng, learner = np.random.default_rng(0), Learner(actions)
+    what the policy did alone or all but, one that waits for a policy that is stuck, an expert that believes
+    the gripper to be as it left it."""
+    def demonstrate(actions, window=5):
+        rng, learner = np.random.default_rng(0), Learner(actions, window)
         world.reset(*calvin.draw_start("D", "open_drawer", 0))
         return learner, record_calvin.demonstrate(world, expert.Expert(world, rng), "open_drawer", rng,
                                                   policy=learner)
 
-    for astray, least, most in ((0.1, 0, 0.15, 0, 0, 0.3, -1), 20, 100), ((0, 0, 0, 0, 0, 0, -1), 20, 36):
+    still = 0, 0, 0, 0, 0, 0, -1
+    for astray, least, most in ((0.1, 0, 0.15, 0, 0, 0.3, -1), 20, 100), (still, 20, 36):
         learner, demo = demonstrate(itertools.repeat(np.array(astray)))
         assert demo.done and least <= learner.steps <= most and learner.steps % 4 == 0
         seen, _, executed, _, meant = record_calvin.rows_of(demo)
@@ -275,8 +277,13 @@ def test_the_expert_takes_over_from_a_policy(world):
         assert np.allclose(executed[:16], astray) and np.allclose(executed[16:-1], meant[16:-1])
         assert (meant[16:-1, 6] == -1).all() and seen[16, 6] < 0.01          # closed it was, and stays so
         assert record_calvin.steps_of(demo) == len(meant) - 17 > 20
-    _, alone = demonstrate(expert.Expert(world, np.random.default_rng(1)).perform("open_drawer"))
+    skill = lambda: expert.Expert(world, np.random.default_rng(1)).perform("open_drawer")
+    learner, alone = demonstrate(skill())
     assert alone.done and not alone.steps
+    for short, kept in (5, False), (40, True):                     # so many steps before it would be done
+        begun = itertools.islice(skill(), learner.steps - short)
+        _, demo = demonstrate(itertools.chain(begun, itertools.repeat(np.array(still))), window=1)
+        assert demo.done and bool(demo.steps) == kept, (short, len(demo.steps))
 
 
 def test_spare_demonstrations_are_kept(monkeypatch):

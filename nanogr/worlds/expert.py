@@ -5,9 +5,10 @@ it (--policy scripted) as a ceiling for what can be done by these actions.
 
 How a skill is written. A skill is a method of `Expert` that says what to do *now*: it looks where the hand is
 and returns one rel_action, from its last stage to its first: "the fingers have it: rise; the hand is at it:
-close; the hand is above it: come down; else go above it". Nothing is remembered, so what it does can be
-learned from what is seen, and wherever a hand is put, by a drag, a policy or a miss, it goes on from there
-and not from the beginning (docs/log.md has what that is worth). Three rules make it learnable:
+close; the hand is above it: come down; else go above it". Nothing is remembered but the last commands to arm
+and gripper, and that it is stuck. So what it does can be learned from what is seen, and wherever a hand is
+put, by a drag, a policy or a miss, it goes on from there and not from the beginning (docs/log.md has what
+that is worth). Three rules make it learnable:
     a stage begins where the one before it ends, and that one aims beyond: a hand that stops short is not
     between two stages;
     sideways only where nothing is in the way, see `among`;
@@ -67,7 +68,8 @@ def unwound(yaw):
 
 
 class Expert:
-    """Does any of the 34 tasks. `fast`, `slow`: shares of the full action, far from things and near them."""
+    """Does any of the 34 tasks. `fast`, `slow`: shares of the full action, far from things and near them; a
+    push is at least 0.6, what is put on a block 0.25."""
 
     def __init__(self, world, rng, fast=0.6, slow=0.4):
         self.world, self.rng, self.fast, self.slow = world, rng, fast, slow
@@ -137,7 +139,7 @@ class Expert:
         _, y, z = self.tip()
         return z < SAFE - 0.01 or y > BEFORE
 
-    # ---- how it moves: a rel_action, or None where it is there already
+    # ---- how it moves
 
     def to(self, place, yaw=None, pitch=0.0, speed=None):
         """Move the tips towards `place` and turn the hand to (pi, pitch, yaw); None: the yaw it has."""
@@ -162,7 +164,7 @@ class Expert:
         return self.to([x, y, height + 0.03], pitch=pitch)
 
     def above(self, place, height=SAFE, yaw=ACROSS, near=0.02):
-        """To where it can come down on a place."""
+        """To where it can come down on a place; None if it is there."""
         x, y, *_ = place
         away = np.abs(self.tip()[:2] - [x, y]).max() > near
         if not away and self.turned(yaw):
@@ -221,7 +223,7 @@ class Expert:
         return max(0, margin + min(along, aside)) if abs(z) < 0.03 else 0
 
     def grasp(self, goal, near):
-        """Close the hand at `goal`; where it is not there, or closed on nothing, open it."""
+        """Close the hand at `goal`; None, and an open hand, if it is not there or closed on nothing."""
         missed = self.grip == -1 and self.width() < 0.01
         if missed or np.abs(self.tip() - goal).max() > (near if self.grip == 1 else 0.02):
             self.grip = 1
