@@ -174,7 +174,7 @@ class Scripted(Baseline):
 
     def start(self, world, task):
         if isinstance(world, calvin.Calvin):
-            self.expert = self.expert or expert.Expert(world, self.rng)
+            self.expert = self.expert or expert.Expert(world)
             self.actions = self.expert.perform(task)
         else:
             self.actions = (tabletop.demonstrate(world, task, self.rng) if tabletop.feasible(world, task)

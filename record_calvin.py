@@ -158,7 +158,7 @@ def play(world, seed, counts, n_tasks=8, asked=calvin.NAMES, **options):
     failure ends it. The last of `n_tasks` is one of those `asked` for."""
     start_play(world, seed)
     rng = np.random.default_rng([seed, 1])
-    expert = experts.Expert(world, rng, fast=rng.uniform(0.6, 0.95), slow=rng.uniform(0.4, 0.6))
+    expert = experts.Expert(world, fast=rng.uniform(0.6, 0.95), slow=rng.uniform(0.4, 0.6))
     noise = rng.choice([0, rng.uniform(0, 0.2)])              # half of the sessions go straight
     for i in range(n_tasks):
         tasks = [task for task in experts.feasible(expert) if i + 1 < n_tasks or task in asked]

@@ -206,7 +206,7 @@ def test_a_dragged_arm_finds_its_way(world):
     """Catches drags that are recorded as if meant, are not executed, never end, are not made up for."""
     rng, (robot, scene) = np.random.default_rng(0), calvin.draw_start("D", "open_drawer", 0)
     world.reset(robot, scene)
-    demo = record_calvin.demonstrate(world, expert.Expert(world, rng), "open_drawer", rng, drags=0.2)
+    demo = record_calvin.demonstrate(world, expert.Expert(world), "open_drawer", rng, drags=0.2)
     assert demo.done
     seen, _, executed, _, meant = record_calvin.rows_of(demo)
     moved = np.flatnonzero((executed != meant)[:-1].any(1))
@@ -230,7 +230,7 @@ def test_the_expert_goes_by_what_is_seen(world, task):
     world.reset(*calvin.draw_start("D", task, 1))
     start, grip = world.get_info(), 1
     for _ in range(150):
-        anew = expert.Expert(world, np.random.default_rng(0))
+        anew = expert.Expert(world)
         anew.grip = grip
         action = next(anew.perform(task))
         world.step(action)
@@ -265,7 +265,7 @@ def test_the_expert_takes_over_from_a_policy(world):
     def demonstrate(actions, window=5):
         rng, learner = np.random.default_rng(0), Learner(actions, window)
         world.reset(*calvin.draw_start("D", "open_drawer", 0))
-        return learner, record_calvin.demonstrate(world, expert.Expert(world, rng), "open_drawer", rng,
+        return learner, record_calvin.demonstrate(world, expert.Expert(world), "open_drawer", rng,
                                                   policy=learner)
 
     still = 0, 0, 0, 0, 0, 0, -1
@@ -277,7 +277,7 @@ def test_the_expert_takes_over_from_a_policy(world):
         assert np.allclose(executed[:16], astray) and np.allclose(executed[16:-1], meant[16:-1])
         assert (meant[16:-1, 6] == -1).all() and seen[16, 6] < 0.01          # closed it was, and stays so
         assert record_calvin.steps_of(demo) == len(meant) - 17 > 20
-    skill = lambda: expert.Expert(world, np.random.default_rng(1)).perform("open_drawer")
+    skill = lambda: expert.Expert(world).perform("open_drawer")
     learner, alone = demonstrate(skill())
     assert alone.done and not alone.steps
     for short, kept in (5, False), (40, True):                     # so many steps before it would be done

@@ -71,8 +71,8 @@ class Expert:
     """Does any of the 34 tasks. `fast`, `slow`: shares of the full action, far from things and near them; a
     push is at least 0.6, what is put on a block 0.25."""
 
-    def __init__(self, world, rng, fast=0.6, slow=0.4):
-        self.world, self.rng, self.fast, self.slow = world, rng, fast, slow
+    def __init__(self, world, fast=0.6, slow=0.4):
+        self.world, self.fast, self.slow = world, fast, slow
         self.robot, self.fixtures = world.env.robot, fixtures_of(world.env)
         self.grip = 1                      # what the gripper was told last: 1 open, -1 closed
 
@@ -117,14 +117,14 @@ class Expert:
         robot = self.world.info["robot_info"]
         return np.array([*robot["tcp_pos"], *robot["tcp_orn"], self.width()])
 
+    def turn(self):
+        """The hand's pitch and yaw."""
+        return self.world.info["robot_info"]["tcp_orn"][1:]
+
     def turned(self, yaw, pitch=0.0, by=0.15):
         """Whether the hand is turned to within `by` of pitch and yaw."""
-        _, now_pitch, now_yaw = self.world.info["robot_info"]["tcp_orn"]
+        now_pitch, now_yaw = self.turn()
         return abs(wrap(yaw - now_yaw)) < by and abs(pitch - now_pitch) < by
-
-    def leans(self):
-        """The pitch at which it took what it holds: -1 from the cabinet, else 0."""
-        return -1.0 if self.world.info["robot_info"]["tcp_orn"][1] < -0.5 else 0.0
 
     def where(self, name):
         place, _ = self.block(name)
@@ -173,11 +173,11 @@ class Expert:
             return self.leave(max(SAFE, height))
         return self.to([x, y, max(height, SAFE) if away else height], yaw=yaw)
 
-    def down(self, place, yaw=ACROSS, near=0.02):
-        """Come down on a place, from above it."""
-        if (action := self.above(place, yaw=yaw, near=near)) is not None:
+    def down(self, place, height=SAFE, near=0.02, speed=None):
+        """Come down on a place, slowly if no speed is given, from above it."""
+        if (action := self.above(place, height, near=near)) is not None:
             return action
-        return self.to(place, yaw=yaw, speed=self.slow)
+        return self.to(place, yaw=ACROSS, speed=speed or self.slow)
 
     def fist(self):
         """Close the hand, but not around a block."""
@@ -200,7 +200,7 @@ class Expert:
         """The yaw at which the fingers take a block by two of its sides, away from its neighbours: the
         nearest to ACROSS, and to the hand's, of those that the wrist reaches."""
         place, yaw = self.block(name)
-        size, skew, hand = self.fixtures.sizes[name], 0.6, self.world.info["robot_info"]["tcp_orn"][2]
+        size, skew, (_, hand) = self.fixtures.sizes[name], 0.6, self.turn()
         yaws = [(yaw + turn + askew, abs(askew)) for turn in (0, np.pi) for askew in (0, skew, -skew)]
         if size < 0.06:                                       # short enough to be taken the long way too
             yaws += [(yaw + turn, 0.15 if size > 0.045 else 0) for turn in (np.pi / 2, -np.pi / 2)]
@@ -249,7 +249,7 @@ class Expert:
         if (action := self.take(name)) is not None:
             return action
         x, y, _ = self.robot.target_pos
-        return self.to([x, y, self.tip()[2] + 0.1], yaw=self.robot.target_orn[2], speed=self.slow)
+        return self.to([x, y, self.tip()[2] + 0.1], speed=self.slow)
 
     lift_table = lift_drawer = lift
 
@@ -328,18 +328,14 @@ class Expert:
         z = 0.465 + self.tip()[2] - self.block(name)[0][2]                     # the block hangs a bit lower
         if abs(self.tip()[0] - x) < 0.015 and self.tip()[2] < z + 0.012:
             return self.stay(1)
-        if (action := self.above([x, -0.12], 0.56)) is not None:
-            return action
-        return self.to([x, -0.12, z], yaw=ACROSS, speed=self.slow)
+        return self.down([x, -0.12, z], 0.56)
 
     def place_in_drawer(self, name):
         x = np.clip(self.tip()[0], *(self.fixtures.drawer_x + np.array([-0.06, 0.06])))
         y = -0.065 - self.door("drawer")
         if self.tip()[2] < 0.43 and abs(self.tip()[1] - y) < 0.03:
             return self.stay(1, pitch=0)
-        if (action := self.above([x, y], 0.56, near=0.025)) is not None:
-            return action
-        return self.to([x, y, 0.41], yaw=ACROSS, speed=self.slow)
+        return self.down([x, y, 0.41], 0.56, near=0.025)
 
     def place_in_slider(self, name, pitch=-1.0):
         side = "left" if self.door("slide") < self.fixtures.door_travel / 2 else "right"
@@ -352,17 +348,16 @@ class Expert:
         return self.slide_in(goal, pitch)
 
     def stack_block(self, name):
-        others, pitch = [other for other in BLOCKS if other != name], self.leans()
+        others, (leans, hand) = [other for other in BLOCKS if other != name], self.turn()
+        pitch = -1.0 if leans < -0.5 else 0.0                                  # at which it took the block
         below = max([b for b in others if self.where(b) == "table"] or others, key=self.fixtures.sizes.get)
-        (place, yaw), hand = self.block(below), self.world.info["robot_info"]["tcp_orn"][2]
+        place, yaw = self.block(below)
         yaw = ACROSS if pitch else yaw if abs(wrap(yaw - hand)) < np.pi / 2 else yaw + np.pi
         goal = place + [0, 0, 0.043] + self.tip() - self.block(name)[0]        # it hangs a bit aside
         way = self.tip() - goal
         aside = np.abs(way[:2]).max()
         if aside < 0.007 and way[2] < 0.005:
-            action = self.to(self.robot.target_pos, yaw=self.robot.target_orn[2], pitch=pitch)
-            action[6] = self.grip = 1
-            return action
+            return self.stay(1, pitch)
         if aside < 0.01 and way[2] < 0.06 and self.turned(yaw, pitch):
             return self.to(goal, yaw=yaw, pitch=pitch, speed=0.25)
         if aside > 0.03 and self.tip()[2] < 0.56:
@@ -380,32 +375,44 @@ class Expert:
         """Where the hand takes the drawer: the nearest to where it is."""
         return np.clip(self.tip()[0], *(self.fixtures.drawer_x + np.array([-0.03, 0.03])))
 
+    def hooks(self):
+        """Whether the hand has hooked the drawer, from inside."""
+        _, y, z = self.tip()
+        return z < 0.375 and abs(y + 0.212 + self.door("drawer")) < 0.035
+
     def open_drawer(self):
         self.fist()
-        x, y, (_, tip_y, tip_z) = self.drawer_x(), -0.212 - self.door("drawer"), self.tip()
-        if tip_z < 0.375 and abs(tip_y - y) < 0.035:                           # hooks it from inside
+        x = self.drawer_x()
+        if self.hooks():
             return self.to([x, -0.44, 0.36], yaw=ACROSS, speed=self.slow)
-        return self.down([x, y, 0.36], near=0.015)
+        return self.down([x, -0.212 - self.door("drawer"), 0.36], near=0.015)
+
+    def before_drawer(self):
+        """Whether the hand is where it can push the drawer shut."""
+        _, y, z = self.tip()
+        return z < 0.385 and -0.03 < y + 0.307 + self.door("drawer") < 0.09
 
     def close_drawer(self):
         self.fist()
-        x, y, (_, tip_y, tip_z) = self.drawer_x(), -0.307 - self.door("drawer"), self.tip()
-        if tip_z < 0.385 and -0.03 < tip_y - y < 0.09:
+        x = self.drawer_x()
+        if self.before_drawer():
             return self.to([x, -0.242, 0.365], yaw=ACROSS, speed=self.slow)
-        return self.down([x, y, 0.365])
+        return self.down([x, -0.307 - self.door("drawer"), 0.365])
+
+    def beside_handle(self, side, deep=-0.04):
+        """Whether the hand is, as deep as that, where it can push the door's handle to a side."""
+        (x, y, z), handle = self.tip(), self.fixtures.handle_x - self.door("slide")
+        return y > deep and abs(z - 0.5) < 0.03 and -0.045 < side * (handle - side * 0.055 - x) < 0.03
 
     def move_slider(self, side):
         # side: 1 to the right. The handle is pushed from its other side; the door's joint grows to the left.
         self.fist()
         x, tip = self.fixtures.handle_x - self.door("slide") - side * 0.055, self.tip()
-        way, level = side * (x - tip[0]), abs(tip[2] - 0.5) < 0.03            # from the tips to x
-        if level and tip[1] > -0.04 and -0.045 < way < 0.03:
+        if self.beside_handle(side):
             return self.to([tip[0] + side * 0.08, -0.027, 0.5], yaw=ACROSS, speed=self.slow)
-        if level and abs(way) < 0.02:
+        if abs(tip[2] - 0.5) < 0.03 and abs(x - tip[0]) < 0.02:
             return self.to([x, -0.025, 0.5], yaw=ACROSS, speed=self.slow)
-        if (action := self.above([x, -0.11], near=0.015)) is not None:
-            return action
-        return self.to([x, -0.11, 0.5], yaw=ACROSS)
+        return self.down([x, -0.11, 0.5], near=0.015, speed=self.fast)
 
     def press_button(self):
         self.fist()
@@ -427,9 +434,7 @@ class Expert:
             return self.to([x, y + 0.04, tip[2] + 0.08], yaw=ACROSS, speed=self.slow)
         if before and abs(tip[2] - z + 0.045) < 0.02:
             return self.to([x, y + 0.025, z - 0.048], yaw=ACROSS, speed=self.slow)
-        if (action := self.above([x, -0.11], near=0.015)) is not None:
-            return action
-        return self.to([x, -0.11, z - 0.045], yaw=ACROSS)
+        return self.down([x, -0.11, z - 0.045], near=0.015, speed=self.fast)
 
     def turn_off_lightbulb(self, pitch=-0.5):
         # From above the arm would end 8 cm short: the hand leans.
@@ -452,15 +457,15 @@ class Expert:
     def finish(self):
         """A door that the hand still moves, on to its end: the oracle says yes halfway, and a door ajar would
         be in the next task's way. None if there is nothing to finish."""
-        (x, y, z), drawer, slide = self.tip(), self.door("drawer"), self.door("slide")
-        if abs(x - self.fixtures.drawer_x) < 0.06 and z < 0.385:
-            if 0.1 < drawer < 0.19 and z < 0.375 and abs(y + 0.212 + drawer) < 0.035:
+        drawer, slide = self.door("drawer"), self.door("slide")
+        if abs(self.tip()[0] - self.fixtures.drawer_x) < 0.06:
+            if 0.1 < drawer < 0.19 and self.hooks():
                 return self.open_drawer()
-            if 0.02 < drawer < 0.12 and -0.03 < y + 0.307 + drawer < 0.09:
+            if 0.02 < drawer < 0.12 and self.before_drawer():
                 return self.close_drawer()
-        if y > -0.05 and abs(z - 0.5) < 0.03 and 0.035 < slide < self.fixtures.door_travel - 0.035:
+        if 0.035 < slide < self.fixtures.door_travel - 0.035:
             for side in (-1, 1):
-                if -0.045 < side * (self.fixtures.handle_x - slide - side * 0.055 - x) < 0.03:
+                if self.beside_handle(side, deep=-0.05):
                     return self.move_slider(side)
         return None
 
