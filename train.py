@@ -56,7 +56,7 @@ import model as gr1
 from model import GR1, ModelError, known, to_pixels, total_loss
 from nanogr import clips, tokenizer, weights
 from nanogr.common import Parser, UserError, check_same, cores, lock, make_room, write_whole
-from nanogr.encoders import LAPTOP, build_encoders, same_eye
+from nanogr.encoders import LAPTOP, TinyVision, build_encoders, same_eye
 from nanogr.policy import change_errors, pictures, to_images
 
 # ---------------------------------------------------------------------------------------------- config
@@ -92,6 +92,7 @@ class TrainConfig:
     video_steps: int = -1          # timesteps of a window that foresee, at random; 0: all; -1: the preset's
     video_every: int = 0           # one in so many steps foresees, its loss times as many; 0: the preset's
     shift: float = -1.0            # random shift, share of the image side; -1: the preset's
+    eye_noise: float = 0.0         # added to what keypoints say, in shares of their spread (see TinyVision)
     # the machine
     precision: str = "auto"        # auto: bf16 on a GPU, fp32 on a CPU
     compile: str = "auto"          # torch.compile the model's parts: on, off; auto: on a GPU, but for tiny
@@ -150,7 +151,7 @@ MODEL_FLAGS = {
 }
 LEAST = dict(accumulate=1, windows_per_clip=1, log_every=1, eval_every=1, eval_batches=1, batch=1, steps=0,
              epochs=0, seed=0, lr=0, weight_decay=0, shift=0, video_steps=0, video_every=0, workers=-1,
-             kl_weight=0, hide_states=0)
+             kl_weight=0, hide_states=0, eye_noise=0)
 
 
 def family(preset):
@@ -445,8 +446,10 @@ def as_codes(pixels, model):
 
 
 def predict(net, config, batch, pixels):
-    """The model's predictions for a batch that it sees as `pixels`, of which the last are for the losses."""
-    seen = {camera: x[:, :x.shape[1] - config.future] for camera, x in pixels.items()}
+    """The model's predictions for a batch that it sees as `pixels`, of which the last are for the losses, where
+    the batch asks for them."""
+    ahead = config.future * bool(len(batch["video_at"]))
+    seen = {camera: x[:, :x.shape[1] - ahead] for camera, x in pixels.items()}
     learns = [batch[key] for key in ("rel_actions", "action_mask", "noise")] if "noise" in batch else []
     return net(seen, batch["sentences"], batch.get("robot_obs"), batch["mask"], batch["video_at"],
                batch.get("frame_at"), *learns)
@@ -554,6 +557,10 @@ def build(config, changes, world):
     model.trunk.unused_wte.requires_grad_(False)         # DDP would wait for its gradient
     if config.shift:
         model.vision.LARGEST = 0                         # TinyVision's: shifted, no picture comes twice
+    if config.eye_noise:
+        if not isinstance(model.vision, TinyVision):
+            raise UserError(f"--eye-noise is for presets that see keypoints, {', '.join(LAPTOP)}")
+        model.vision.noise = config.eye_noise
     if state:
         start_from(state, init, model, config, world)
     elif not config.resume:                              # its weights are in resume.pt

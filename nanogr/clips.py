@@ -32,7 +32,8 @@ A shard's npz, for N clips with M steps and C cameras:
                                                                  rel_actions        float32 (M*S, 7)
     Without a robot the last two have 0 rows.
 
-`python -m nanogr.clips DIR` prints what a data set holds and checks every byte of it.
+    python -m nanogr.clips DIR                   # print what a data set holds, check every byte of it
+    python -m nanogr.clips A B --join OUT        # one data set of several, a copy
 """
 import collections
 import io
@@ -516,7 +517,7 @@ class Windows(torch.utils.data.Dataset):
     a window's T steps the future frame is asked for, with `latent` z > 0 what a VAE's latents are drawn by,
     and with `blind` in which share of the windows the states are hidden.
 
-        frames       {camera: uint8 (B/W, N+F, 3, H, W)}
+        frames       {camera: uint8 (B/W, N+F, 3, H, W)}; N alone where no future frame is asked for
         codes        {camera: int32 (B/W, N+F, P)}   instead of frames, if `fingerprint` names a tokenizer
         shifts       {camera: int64 (B/W, 2)}     up and to the left [px]; only if shift > 0
         video_at     int64 (V,)                   all T steps, or `foresee` of them; none, where foresee_every
@@ -566,7 +567,8 @@ class Windows(torch.utils.data.Dataset):
         nth = np.clip((at - runs)[:, None] // every + np.arange(self.W), 0, last[:, None])        # (B/W, W)
         steps = (runs[:, None] + nth * every).reshape(-1, 1) + np.arange(self.T) * every         # (B, T)
         frame_at = (nth + N * np.arange(len(runs))[:, None]).reshape(-1, 1) + np.arange(self.T)
-        seen = self.frames_as_codes(ids, runs) if self.codes else self.frames(ids, runs)
+        count = N + self.F * bool(len(video_at))
+        seen = (self.frames_as_codes if self.codes else self.frames)(ids, runs, count)
         ids, lengths = ids.repeat(self.W), lengths.repeat(self.W)
         batch = dict(mask=steps < lengths[:, None], video_at=video_at,
                      future_mask=steps + self.F * every < lengths[:, None])
@@ -584,11 +586,10 @@ class Windows(torch.utils.data.Dataset):
         return batch | {"codes" if self.codes else "frames": seen,
                         "sentences": [self.clips.sentences[i] for i in ids]}
 
-    def frames(self, ids, starts):
-        """Return {camera: uint8 (B/W, N+F, 3, H, W)}, as views of (..., H, W, 3): turning the bytes round is
+    def frames(self, ids, starts, count):
+        """Return {camera: uint8 (B/W, count, 3, H, W)}, as views of (..., H, W, 3): turning the bytes round is
         the device's work. numpy fills them: torch's threads cost more here.
         """
-        count = self.T + self.W - 1 + self.F
         frames = {name: np.zeros((len(ids), count, *self.clips.cameras[name], 3), np.uint8)
                   for name in self.cameras}
         for b, (i, start) in enumerate(zip(ids.tolist(), starts.tolist())):
@@ -596,9 +597,8 @@ class Windows(torch.utils.data.Dataset):
                 frames[name][b, :len(images)] = images
         return {name: torch.from_numpy(images).permute(0, 1, 4, 2, 3) for name, images in frames.items()}
 
-    def frames_as_codes(self, ids, starts):
-        """Return {camera: int32 (B/W, N+F, P)}."""
-        count = self.T + self.W - 1 + self.F
+    def frames_as_codes(self, ids, starts, count):
+        """Return {camera: int32 (B/W, count, P)}."""
         codes = {name: np.zeros((len(ids), count, self.codes[0][name].shape[1]), np.int32)
                  for name in self.cameras}
         for b, (i, start) in enumerate(zip(ids.tolist(), starts.tolist())):
@@ -672,18 +672,48 @@ def summary(directory):
             *(f"  {count:7,} {task}" for task, count in meta["tasks"].items())]
 
 
-def main():
-    parser = Parser(description="Print what a data set holds and check every byte of it.")
-    parser.add_argument("directory", type=pathlib.Path, help="a data set or a folder of two")
-    path = parser.parse_args().directory
-    parts = [part for part in (path / "training", path / "validation") if part.is_dir()]
-    problems = []
+def join(directories, out):
+    """Copy data sets into one, which lies in `out` then: their shards, one after the other. A killed run goes
+    on where it was. UserError if they differ in what they hold.
+    """
+    parts = [Clips(directory) for directory in directories]
+    for key in "cameras", "stride", "has_actions", "fps":
+        for part in parts:
+            if part.meta[key] != parts[0].meta[key]:
+                raise UserError(f"{key} of {parts[0].directory}: {parts[0].meta[key]}, of {part.directory}: "
+                                f"{part.meta[key]}: these don't make one data set")
+    claim(out, joined=[str(part.directory) for part in parts], of=[part.meta["counts"] for part in parts])
+    shards = [part.directory / f"{i:05d}" for part in parts for i in range(len(part.shards))]
+    for index, shard in enumerate(shards):
+        for suffix in (".bin", ".npz"):                  # the commit mark last
+            if not shard_is_done(out, index):
+                write_whole(pathlib.Path(out) / f"{index:05d}{suffix}", shard.with_suffix(suffix).read_bytes())
+    sources = ", ".join(dict.fromkeys(part.meta["source"] for part in parts))
+    write_meta(out, sources, parts[0].fps, "; ".join(part.meta["command"] for part in parts))
+
+
+def look_at(path):
+    """Print what a data set, or a folder of two, holds: -> its problems."""
+    parts, problems = [part for part in (path / "training", path / "validation") if part.is_dir()], []
     for directory in [path] if (path / "meta.json").exists() or not parts else parts:
         try:
             print("\n".join(summary(directory)))
             problems += check(directory)
         except UserError as error:
             problems.append(str(error))
+    return problems
+
+
+def main():
+    parser = Parser(description="Print what data sets hold and check every byte of them.")
+    parser.add_argument("directory", type=pathlib.Path, nargs="+", help="a data set or a folder of two")
+    parser.add_argument("--join", type=pathlib.Path, metavar="OUT", help="make one of them first, in OUT")
+    args = parser.parse_args()
+    if args.join:
+        join(args.directory, args.join)
+    problems = []
+    for path in [args.join] if args.join else args.directory:
+        problems += look_at(path)
     print("\n".join(problems) or "every byte is as it was written")
     raise SystemExit(bool(problems))
 

@@ -181,6 +181,7 @@ class TinyVision(nn.Module):
     """
     frozen = False
     LARGEST = 400_000              # pictures whose points are remembered, 1.8 GB a process; 0: none
+    noise = 0.0                    # added in training to what the points say, in their own spread
 
     def __init__(self, width, depth=0, points=32, painted=False):
         super().__init__()
@@ -239,6 +240,8 @@ class TinyVision(nn.Module):
         frozen = not self.maps.weight.requires_grad
         again = self.training and frozen and self.LARGEST and images.device.type == "cpu"
         points = ((self.remembered if again else self.points)(images) - self.middle) / self.spread
+        if self.training and self.noise:
+            points = points + self.noise * torch.randn_like(points)
         where_and_peak = torch.cat([points[..., :2].flatten(1), points[..., 2]], 1)
         return self.cls(where_and_peak), self.norm(self.token(points) + self.identity)
 

@@ -51,6 +51,27 @@ def test_clips_come_back(tmp_path):
     assert status == 0 and "5 clips, 51 frames" in text and "1 clips" in text
 
 
+def test_data_sets_are_joined(tmp_path):
+    """Catches a set that is lost, comes twice, or does not fit the other; a join that a kill leaves halfway."""
+    one, two, out = (tmp_path / name for name in ("one", "two", "out"))
+    make_data_set(one)
+    make_data_set(two, lengths=[(4,), (6, 5)])
+    for _ in range(2):                                   # the second finds one shard lacking
+        status, text = run("-m nanogr.clips", one, two, "--join", out)
+        assert status == 0 and "8 clips, 66 frames" in text and "every byte is as it was written" in text
+        whole, parts = clips.Clips(out), [clips.Clips(one), clips.Clips(two)]
+        assert whole.sentences == parts[0].sentences + parts[1].sentences
+        assert same_frames(whole, 6, parts[1], 1) and same_frames(whole, 4, parts[0], 4)
+        (out / "00003.npz").unlink()
+    make_data_set(tmp_path / "video", lengths=[(4,)], actions=False)
+    assert refused("has_actions", clips.join, [one, tmp_path / "video"], tmp_path / "mixed")
+    assert refused("was begun with", clips.join, [two, one], out)
+
+
+def same_frames(data, i, other, j):
+    return all(np.array_equal(data.read(i)["frames"][c], other.read(j)["frames"][c]) for c in CAMERAS)
+
+
 def test_wrong_clips_are_refused(tmp_path):
     """Catches float images, wrong lengths or sizes, half a set of actions, that only training finds."""
     good = make_clip(0, 4)

@@ -26,6 +26,16 @@ def test_keypoints_say_where_and_what():
     assert same(cls[0, 2], torch.nn.functional.gelu(torch.tensor(16.0)), 1e-3)
 
 
+def test_noise_is_for_training_alone():
+    """Catches a policy that acts on noise, noise that comes but once, or where none was asked for."""
+    torch.manual_seed(0)
+    vision, images = encoders.TinyVision(8, points=2), torch.rand(2, 3, 32, 32)
+    quiet, _ = vision.train()(images)
+    vision.noise = 0.1
+    (first, _), (second, _), (acting, _) = vision(images), vision(images), vision.eval()(images)
+    assert same(acting, quiet, 0) and not same(first, quiet, 1e-3) and not same(first, second, 1e-3)
+
+
 def test_a_sentence_is_encoded_the_same_in_any_company():
     """Catches a resumed run that differs in the last bits: the encoder's depend on how many come at once."""
     text = encoders.CLIPText.__new__(encoders.CLIPText)

@@ -62,6 +62,8 @@ def test_one_step_of_some_foresees_for_all(tmp_path):
         windows = train.training_windows(data, np.arange(5), settings, config)
         asked = [len(windows[step]["video_at"]) > 0 for step in range(7)]
         assert asked == [step % every == 0 for step in range(7)]
+        read = [windows[step]["frames"]["rgb_static"].shape[1] for step in range(7)]
+        assert read == [config.window + config.future * one for one in asked]          # no frame for nothing
         learner, none = train.equip(model, settings, train.Processes()), torch.zeros(2, dtype=torch.int64)
         figures[every] = [train.train_step(step, learner, iter([windows[step]]), settings, train.Processes(),
                                            none)[0] for step in range(2)]
