@@ -6,6 +6,7 @@ GR1(config, vision, text) takes any modules of these shapes:
 `frozen = False` says that a module is trained and saved with the rest.
 """
 import contextlib
+import functools
 import logging
 import math
 import pathlib
@@ -265,13 +266,16 @@ class HashText(nn.Module):
         self.width, self.pairs = width, pairs
         self.register_buffer("device_of", torch.zeros(0), persistent=False)
 
-    def direction(self, text):
-        return np.random.default_rng(zlib.crc32(text.encode())).standard_normal(self.width)
-
     def forward(self, sentences):
         rows = []
         for sentence in sentences:
             words = sentence.lower().split() if self.pairs else re.findall(r"\w+", sentence.lower())
             pairs = [" ".join(pair) for pair in zip(words, words[1:])] if self.pairs else []
-            rows.append(sum(map(self.direction, words + pairs), np.zeros(self.width)))
+            rows.append(sum((direction(text, self.width) for text in words + pairs), np.zeros(self.width)))
         return torch.tensor(np.stack(rows), dtype=torch.float32, device=self.device_of.device)
+
+
+@functools.lru_cache(10_000)
+def direction(text, width):
+    """A random direction that is always this text's: float64 (width,), not to be changed."""
+    return np.random.default_rng(zlib.crc32(text.encode())).standard_normal(width)
