@@ -190,6 +190,8 @@ def parse(argv=None):
     mode, changes = args.pop("mode"), {key: args.pop(key) for key, _ in MODEL_FLAGS.values() if key in args}
     if args["stage"] == "pretrain" and not changes.get("video", True):
         parser.error("--no-video leaves nothing to pre-train: [OBS] is its only question")
+    if args["stage"] == "pretrain" and args["video_every"] > 1:
+        parser.error("--video-every is for finetuning: a pre-training step that foresees nothing learns nothing")
     for pair in args.pop("model"):
         key, _, value = pair.partition("=")
         try:
