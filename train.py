@@ -191,7 +191,7 @@ def parse(argv=None):
     if args["stage"] == "pretrain" and not changes.get("video", True):
         parser.error("--no-video leaves nothing to pre-train: [OBS] is its only question")
     if args["stage"] == "pretrain" and args["video_every"] > 1:
-        parser.error("--video-every is for finetuning: a pre-training step that foresees nothing learns nothing")
+        parser.error("--video-every is for finetuning: without [OBS] a pre-training step learns nothing")
     for pair in args.pop("model"):
         key, _, value = pair.partition("=")
         try:
@@ -448,8 +448,8 @@ def as_codes(pixels, model):
 
 
 def predict(net, config, batch, pixels):
-    """The model's predictions for a batch that it sees as `pixels`, of which the last are for the losses, where
-    the batch asks for them."""
+    """The model's predictions for a batch that it sees as `pixels`, of which the last are for the losses,
+    where the batch asks for them."""
     ahead = config.future * bool(len(batch["video_at"]))
     seen = {camera: x[:, :x.shape[1] - ahead] for camera, x in pixels.items()}
     learns = [batch[key] for key in ("rel_actions", "action_mask", "noise")] if "noise" in batch else []

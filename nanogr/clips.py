@@ -587,8 +587,8 @@ class Windows(torch.utils.data.Dataset):
                         "sentences": [self.clips.sentences[i] for i in ids]}
 
     def frames(self, ids, starts, count):
-        """Return {camera: uint8 (B/W, count, 3, H, W)}, as views of (..., H, W, 3): turning the bytes round is
-        the device's work. numpy fills them: torch's threads cost more here.
+        """Return {camera: uint8 (B/W, count, 3, H, W)}, as views of (..., H, W, 3): turning the bytes round
+        is the device's work. numpy fills them: torch's threads cost more here.
         """
         frames = {name: np.zeros((len(ids), count, *self.clips.cameras[name], 3), np.uint8)
                   for name in self.cameras}
@@ -685,9 +685,8 @@ def join(directories, out):
     claim(out, joined=[str(part.directory) for part in parts], of=[part.meta["counts"] for part in parts])
     shards = [part.directory / f"{i:05d}" for part in parts for i in range(len(part.shards))]
     for index, shard in enumerate(shards):
-        for suffix in (".bin", ".npz"):                  # the commit mark last
-            if not shard_is_done(out, index):
-                write_whole(pathlib.Path(out) / f"{index:05d}{suffix}", shard.with_suffix(suffix).read_bytes())
+        for suffix in () if shard_is_done(out, index) else (".bin", ".npz"):           # the commit mark last
+            write_whole(out / f"{index:05d}{suffix}", shard.with_suffix(suffix).read_bytes())
     sources = ", ".join(dict.fromkeys(part.meta["source"] for part in parts))
     write_meta(out, sources, parts[0].fps, "; ".join(part.meta["command"] for part in parts))
 

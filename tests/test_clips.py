@@ -52,7 +52,7 @@ def test_clips_come_back(tmp_path):
 
 
 def test_data_sets_are_joined(tmp_path):
-    """Catches a set that is lost, comes twice, or does not fit the other; a join that a kill leaves halfway."""
+    """Catches a set that is lost, comes twice or does not fit the other; a join that a kill left halfway."""
     one, two, out = (tmp_path / name for name in ("one", "two", "out"))
     make_data_set(one)
     make_data_set(two, lengths=[(4,), (6, 5)])
