@@ -10,6 +10,7 @@ import types
 import numpy as np
 import pytest
 
+import eval_calvin
 import record_calvin
 from nanogr import clips, common
 from nanogr.worlds import calvin, expert
@@ -45,8 +46,12 @@ def test_chains_are_those_that_calvin_draws():
 
 def test_calvin_starts_of_single_instructions():
     """Catches starts from which the task can't be done or that repeat, and one that CALVIN has already."""
-    alone = [task for task in calvin.NAMES if calvin.conditions_for(task)]
-    assert len(alone) == 27 and not {"place_in_drawer", "lift_red_block_drawer", "unstack_block"} & set(alone)
+    first = {task: {tasks for _, tasks in calvin.ways_to(task)} for task in calvin.NAMES}
+    assert sum(tasks == {()} for tasks in first.values()) == 27
+    assert first["stack_block"] == {(f"lift_{block}_block_{place}",) for block in calvin.BLOCKS
+                                    for place in ("table", "slider")}
+    assert ("lift_pink_block_table", "stack_block") in first["unstack_block"]
+    assert first["lift_red_block_drawer"] == {("push_into_drawer",)}
     known = [calvin.initial_state(condition)[1] for condition in calvin.initial_conditions()]
     seen = [calvin.draw_start("D", "lift_red_block_table", seed)[1] for seed in range(50)]
     assert len({state.tobytes() for state in seen}) == 50
@@ -55,8 +60,6 @@ def test_calvin_starts_of_single_instructions():
         assert np.isclose(state[6], (0.05, 0.23), atol=1e-5).any() and state[7] < 0 and abs(state[11]) < 2
     assert all(calvin.draw_start("D", "open_drawer", seed)[1][1] == 0 for seed in range(20))
     assert np.array_equal(calvin.draw_start("D", None, 3)[1], calvin.draw_start("D", None, 3)[1])
-    with pytest.raises(common.UserError, match="chains only"):
-        calvin.draw_start("D", "stack_block", 0)
 
 
 def test_chains_and_states_equal_the_golden_ones():
@@ -101,7 +104,7 @@ def test_without_the_simulator(tmp_path, monkeypatch):
                     ("record_calvin.py",), ("record_calvin.py", "--measure")):
         assert fails_in_one_line(*command, "--out", out, words=["calvin_env", "docs/calvin.md"]), command
     calvin.package.cache_clear()
-    for tasks, words in ("open_drawr", "open_drawer"), ("turn_on_led,stack_block", "chains judge it"):
+    for tasks, words in ("open_drawr", "open_drawer"), ("turn_on_led,stack_blok", "stack_block"):
         assert fails_in_one_line("eval_calvin.py", "--env", "calvin", "--episodes", 1, "--tasks", tasks,
                                  "--out", out, words=[words])
     assert not out.exists()
@@ -199,6 +202,18 @@ def test_the_expert_and_idleness_in_the_simulator(tmp_path):
                        "--episodes", 1, "--tasks", "turn_on_led,open_drawer", "--workers", 1,
                        "--out", tmp_path / "single")
     assert status == 0 and "PARTIAL" not in text and "mean over 2 tasks** | **100.0%**" in text, text
+
+
+@SIMULATOR
+def test_the_expert_brings_about_what_a_task_needs(world):
+    """Catches a single instruction that begins where it can't be done, or looks while the expert works."""
+    args = types.SimpleNamespace(env="calvin", scene="D", steps=360)
+    for task in "place_in_drawer", "lift_red_block_drawer", "open_drawer":
+        eval_calvin.set_scene(world, args, task, 7)
+        assert task in expert.feasible(expert.Expert(world)) and not world.look
+    eval_calvin.set_scene(world, args, "unstack_block", 7)
+    assert max(expert.Expert(world).block(name)[0][2] for name in calvin.BLOCKS) > 0.485
+    world.look = True
 
 
 @SIMULATOR

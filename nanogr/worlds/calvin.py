@@ -232,21 +232,30 @@ def initial_state(condition, seed=None):
 
 
 @functools.lru_cache
-def conditions_for(task):
-    """The numbers of the initial conditions in which a chain could begin with `task`. There are none for the
-    seven tasks that start with a block in the hand, in the drawer or on another."""
-    return [number for number, condition in enumerate(initial_conditions())
-            if len(outcomes(condition, task)) == 1]
+def ways_to(task):
+    """How one comes to begin with `task` (None: with any): [(number of an initial condition, the tasks to be
+    done first)], all of the shortest ways. Nothing has to be done first but for the seven tasks that start
+    with a block in the hand, in the drawer or on another: for these one task or two."""
+    ways = [(number, (), condition) for number, condition in enumerate(initial_conditions())]
+    while not (found := [(number, first) for number, first, state in ways
+                         if task is None or len(outcomes(state, task)) == 1]):
+        ways = [(number, (*first, name), after[0]) for number, first, state in ways for name in NAMES
+                if len(after := outcomes(state, name)) == 1]
+    return found
 
 
 def draw_start(scene, task, seed):
-    """robot_obs (15,), scene_obs (24,) in which `task` can be done (None: any), drawn as CALVIN draws its
-    192, but the seed places and turns the blocks: as many unseen states as one likes, all in scene D."""
+    """robot_obs (15,), scene_obs (24,) in which `task` can be done (None: any) once what `draw_first` says is
+    done. Drawn as CALVIN draws its 192, but the seed places and turns the blocks: as many unseen states as
+    one likes, all in scene D."""
     rng = np.random.default_rng([seed, 3])
-    numbers = conditions_for(task) if task else range(len(initial_conditions()))
-    if not numbers:
-        raise UserError(f"no initial state of CALVIN's allows {task}: it is judged in chains only")
-    return initial_state(initial_conditions()[rng.choice(numbers)], int(rng.integers(2**32)))
+    number, _ = ways_to(task)[rng.integers(len(ways_to(task)))]
+    return initial_state(initial_conditions()[number], int(rng.integers(2**32)))
+
+
+def draw_first(task, seed):
+    """The tasks that must be done in draw_start's state before `task` can be: see ways_to."""
+    return ways_to(task)[np.random.default_rng([seed, 3]).integers(len(ways_to(task)))][1]
 
 
 def draw_chain(scene, number):
