@@ -189,7 +189,7 @@ def measure(scene, seed, n, drags):
 
 # ------------------------------------------------------------------------------------------- recording
 SIZES = [200, 84]              # sides of CALVIN's pictures [pixels]
-SESSIONS = 400                 # of play for a shard at most; a task that is still lacking then is reported
+SESSIONS = 400                 # of play for a shard at most
 
 
 def bodies_of(world):
@@ -251,7 +251,7 @@ def search(index, scene, args):
     world, counts, found, tried = calvin.Calvin(scene, args.renderer if policy else None), Counter(), [], {}
     world.look = False                                        # only the policy looks
     wanted, seed = Counter(args.tasks * args.each), seed_of(args, index)
-    for session in range(SESSIONS):
+    for session in range(args.sessions):
         asked = list(+wanted)
         for demo in play(world, seed + session, counts, args.play, asked, drags=args.drags, remember=pose_of,
                          policy=policy):
@@ -262,8 +262,8 @@ def search(index, scene, args):
         if not +wanted:
             break
     else:
-        print(f"shard {index}, scene {scene}: {SESSIONS} sessions of play gave too few of {dict(+wanted)}",
-              file=sys.stderr)
+        print(f"shard {index}, scene {scene}: {args.sessions} sessions of play gave too few of "
+              f"{dict(+wanted)}", file=sys.stderr)
     return found, tried
 
 
@@ -511,7 +511,8 @@ def record_all(args):
                 renderer=args.renderer, **dict(drags=args.drags) if args.drags else {},
                 **dict(stride=args.stride) if args.stride > 1 else {},
                 **dict(policy=weights.fingerprint(args.policy)) if args.policy else {},
-                **dict(spare=args.spare) if args.spare else {})
+                **dict(spare=args.spare) if args.spare else {},
+                **dict(sessions=args.sessions) if args.sessions < SESSIONS else {})
     mine = range(args.part - 1, shards, args.parts)
     todo = [(index, args.scenes[index % len(args.scenes)], args) for index in mine
             if not is_done(args, index)]
@@ -548,6 +549,9 @@ def parse():
     parser.add_argument("--each", type=int, default=1, help="demos of a task in a shard (default: 1)")
     parser.add_argument("--spare", type=int, default=0, metavar="N",
                         help="and up to N more of a task, of what was done on the way to the rarer ones")
+    parser.add_argument("--sessions", type=int, default=SESSIONS, metavar="N",
+                        help="of play for a shard at most: a --policy that does a task itself leaves few of "
+                        "it to show, and what is still lacking then is said (default: %(default)s)")
     parser.add_argument("--play", type=int, default=8, metavar="N",
                         help="tasks done one after the other before a new state is drawn; 1: all start from "
                         "the arm's home (default: 8)")
@@ -582,10 +586,10 @@ def parse():
         parser.error(f"--tasks: there is no {unknown[0]}; did you mean {nearest(unknown[0], calvin.NAMES)}?")
     if not args.scenes or not set(args.scenes) <= set("ABCD"):
         parser.error("--scenes takes letters of ABCD, for instance ABC")
-    least = min(args.demos, args.each, args.play, args.stride, args.workers)
-    if least < 1 or min(args.seed, args.spare) < 0:
+    least = min(args.demos, args.each, args.play, args.stride, args.workers, args.sessions)
+    if least < 1 or min(args.seed, args.spare) < 0 or args.sessions > SESSIONS:
         parser.error("--demos, --each, --play, --stride and --workers must be 1 or more, --seed and --spare "
-                     "0 or more")
+                     f"0 or more, --sessions 1 to {SESSIONS}")
     if args.stride > 1 and args.format != "clips":
         parser.error("--stride needs --format clips: CALVIN's files have a picture for each step")
     if not args.measure and args.out is None and args.replay is None:

@@ -74,6 +74,7 @@ def test_commands_say_what_is_wrong(tabletop_data, checkpoints, tmp_path):
             (["record_calvin.py"], ["--out"]),
             (["record_calvin.py", "--out", out, "--tasks", "open_draw"], ["open_draw", "open_drawer"]),
             (["record_calvin.py", "--out", out, "--scenes", "E"], ["--scenes", "ABCD"]),
+            (["record_calvin.py", "--out", out, "--sessions", 401], ["--sessions", "400"]),
             (["record_calvin.py", "--out", out, "--play", 1], ["--play 1", "another task ends"]),
             (["record_calvin.py", "--out", out, "--drags", 2], ["--drags", "below 1"]),
             (["record_calvin.py", "--out", out, "--drags", 0.1, "--format", "calvin"], ["--actions meant"]),
