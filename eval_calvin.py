@@ -25,6 +25,7 @@ Reads a checkpoint (train.py's or the authors'). Prints the report, writes it to
 import argparse
 import collections
 import contextlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -49,7 +50,7 @@ from nanogr.worlds import calvin, expert, tabletop
 CHAIN = 5                      # instructions
 FILM_STEPS = 4                 # a GIF shows every fourth step
 WRITTEN = ("report.md", "report.json", "*-[0-9][0-9][0-9].gif", "episodes.jsonl")       # into --out
-# Each has STEPS, TASKS, instruction, success, draw_start, draw_chain.
+# Each has STEPS, TASKS, instruction, success, draw_start, draw_first, draw_chain.
 RULES = dict(tabletop=tabletop, calvin=calvin)
 RECYCLE = 50                   # chains of a worker, then it is replaced: resetting calvin_env leaks 12 MB
 
@@ -268,15 +269,16 @@ def foresight(policy):
 
 
 # -------------------------------------------------------------------------------------------- episodes
-def follow(world, policy, task, sentence, args, film=None):
-    """Let the policy try one instruction: -> steps until the oracle says yes, or None. `film`, a list, takes
-    what was seen and foreseen now and then."""
+def follow(world, policy, task, sentence, longest, film=None):
+    """Let the policy try one instruction, for `longest` steps: -> steps until the oracle says yes, or None.
+    `film`, a list, takes what was seen and foreseen now and then."""
+    rules = calvin if isinstance(world, calvin.Calvin) else tabletop
     draws, awake = world.look, True
     start, observation = world.get_info(), world.observe()
     policy.reset()
     if isinstance(policy, Scripted):
         policy.start(world, task)
-    for step in range(1, args.steps + 1):
+    for step in range(1, longest + 1):
         begin = time.perf_counter()
         seen = observation if awake else seen
         action = policy.step(observation, sentence)
@@ -287,7 +289,7 @@ def follow(world, policy, task, sentence, args, film=None):
         world.look = draws and awake
         observation = world.step(action)
         world.look = draws
-        if RULES[args.env].success(task, start, world.get_info()):
+        if rules.success(task, start, world.get_info()):
             return step
     return None
 
@@ -302,18 +304,17 @@ def instruction(task, seed, args):
 
 
 def set_scene(world, args, task, seed):
-    """Put the world into a state in which `task` can be done. In CALVIN no initial state allows seven of the
-    tasks: there the scripted expert does first what does, from other states until it succeeds."""
-    world.look = False
-    for again in range(20):
-        number = seed + again * 10**9
-        world.reset(*RULES[args.env].draw_start(args.scene, task, number))
+    """Put the world into a state in which `task` can be done, and leave world.look off. In CALVIN no initial
+    state allows seven of the tasks: there the scripted expert first does what does, from other states until
+    it succeeds. Its time is not counted."""
+    world.look, rules, spent = False, RULES[args.env], world.seconds.copy()
+    for number in itertools.count(seed, 10**9):
+        world.reset(*rules.draw_start(args.scene, task, number))
         helper = Scripted("scripted")
         helper.seed(number)
-        first = calvin.draw_first(task, number) if args.env == "calvin" else ()
-        if all(follow(world, helper, other, "", args) for other in first):
-            return
-    raise UserError(f"{task}: the expert could not bring about a state in which it can be done")
+        if all(follow(world, helper, other, "", rules.STEPS) for other in rules.draw_first(task, number)):
+            break
+    world.seconds = spent
 
 
 def play_single(world, policy, args, task, seed):
@@ -322,7 +323,7 @@ def play_single(world, policy, args, task, seed):
     film = [] if number < args.gif else None
     set_scene(world, args, task, seed)
     world.look = film is not None or looks(args)
-    steps = follow(world, policy, task, sentence, args, film)
+    steps = follow(world, policy, task, sentence, args.steps, film)
     if film:
         write_film(pathlib.Path(args.out) / f"{task}-{number:03d}.gif", film,
                    "not done" if steps is None else f"done after {steps} steps")
@@ -338,7 +339,7 @@ def play_chain(world, policy, args, seed):
     film = [] if seed < args.gif else None
     world.look = film is not None or looks(args)
     for task, sentence in zip(tasks, sentences):
-        steps.append(follow(world, policy, task, sentence, args, film))
+        steps.append(follow(world, policy, task, sentence, args.steps, film))
         if steps[-1] is None:
             break
     length = sum(s is not None for s in steps)
@@ -533,6 +534,8 @@ def settings(args):
     said = {"env": args.env, "scene": args.scene, "policy": args.policy, "language": language,
             "seed": args.seed, "episodes a task": args.episodes, "tasks": args.tasks,
             "chains": args.chains, "steps an instruction": args.steps}
+    if args.env == "calvin" and args.episodes:
+        said["seven tasks of them"] = "begin where the expert's work ends"
     if looks(args):
         said["acting"] = (f"one model for all workers on {device_of(args)}, in batches whose last bits "
                           "depend on timing" if args.serve else "a model for each worker, on cpu")

@@ -594,8 +594,8 @@ def parse():
         parser.error("--stride needs --format clips: CALVIN's files have a picture for each step")
     if not args.measure and args.out is None and args.replay is None:
         parser.error("--out DIR says where to record, --measure only looks how well the expert does")
-    never = [task for task in args.tasks if calvin.ways_to(task)[0][1]]
-    if args.play == 1 and never and not args.measure:
+    never = [task for task in args.tasks if args.play == 1 and calvin.draw_first(task, 0)]
+    if never and not args.measure:
         parser.error(f"--play 1: {never[0]} can't be the first thing done, it starts where another task ends")
     if not 0 <= args.drags < 1:
         parser.error(f"--drags is a chance, from 0 to below 1, got {args.drags}")

@@ -56,7 +56,7 @@ import model as gr1
 from model import GR1, ModelError, known, to_pixels, total_loss
 from nanogr import clips, tokenizer, weights
 from nanogr.common import Parser, UserError, check_same, cores, lock, make_room, write_whole
-from nanogr.encoders import LAPTOP, TinyVision, build_encoders, same_eye
+from nanogr.encoders import LAPTOP, build_encoders, same_eye
 from nanogr.policy import change_errors, pictures, to_images
 
 # ---------------------------------------------------------------------------------------------- config
@@ -92,7 +92,7 @@ class TrainConfig:
     video_steps: int = -1          # timesteps of a window that foresee, at random; 0: all; -1: the preset's
     video_every: int = 0           # one in so many steps foresees, its loss times as many; 0: the preset's
     shift: float = -1.0            # random shift, share of the image side; -1: the preset's
-    eye_noise: float = 0.0         # added to what keypoints say, in shares of their spread (see TinyVision)
+    eye_noise: float = 0.0         # calvin's: added to what its eye says, in shares of its spread
     # the machine
     precision: str = "auto"        # auto: bf16 on a GPU, fp32 on a CPU
     compile: str = "auto"          # torch.compile the model's parts: on, off; auto: on a GPU, but for tiny
@@ -211,6 +211,8 @@ def parse(argv=None):
         parser.error(f"--data-fraction must be above 0 and at most 1, got {config.data_fraction}")
     if not config.clip_grad > 0:
         parser.error(f"--clip-grad must be above 0, got {config.clip_grad}; inf: the gradient as it is")
+    if config.eye_noise and config.preset != "calvin":
+        parser.error("--eye-noise is for --preset calvin, whose eye knows how far what it says is spread")
     if config.hide_states > 1:
         parser.error(f"--hide-states is a share, at most 1, got {config.hide_states}")
     if not 0 <= config.beta2 < 1:
@@ -333,7 +335,8 @@ def training_windows(data, ids, config, model_config, fingerprint="", learns=Fal
                          list(model_config.cameras), model_config.chunk, config.seed, config.windows_per_clip,
                          config.shift, config.video_steps if model_config.video else 0,
                          model_config.stride, model_config.latent if learns else 0,
-                         config.hide_states if learns else 0, fingerprint, max(1, config.video_every))
+                         config.hide_states if learns else 0, fingerprint,
+                         max(1, config.video_every) if model_config.video else 0)
 
 
 def held_out_windows(data, ids, config, model_config, world):
@@ -560,9 +563,7 @@ def build(config, changes, world):
     if config.shift:
         model.vision.LARGEST = 0                         # TinyVision's: shifted, no picture comes twice
     if config.eye_noise:
-        if not isinstance(model.vision, TinyVision):
-            raise UserError(f"--eye-noise is for presets that see keypoints, {', '.join(LAPTOP)}")
-        model.vision.noise = config.eye_noise
+        model.vision.noise = config.eye_noise            # likewise
     if state:
         start_from(state, init, model, config, world)
     elif not config.resume:                              # its weights are in resume.pt
@@ -629,7 +630,7 @@ def save_model(out, config, model, step):
 
 def save(config, learner, progress, world):
     """Write the model for others, then resume.pt for this run. Random numbers need no keeping: a step's
-    depend on seed and step alone (dropout's on the rank too), and so do its data.
+    depend on seed and step alone (dropout's and noise's on the rank too), and so do its data.
     """
     sums = world.mean(progress.sums.clone())
     if world.main:
@@ -747,15 +748,16 @@ def load_resume(config, learner, print_of_data, world):
     free = {"resume", "out", "init", "fresh", "workers", "log_every", "eval_every", "eval_batches", "compile",
             "wandb", "tensorboard", "tokenizer"} | ({"data"} if "clips" in state else set())
     now = settings(config, learner.model)
-    state["config"].setdefault("stride", 1)              # of runs from before GR-1 had a choice
+    for key, value in dict(stride=1, eye_noise=0.0).items():         # of runs from before there was a choice
+        state["config"].setdefault(key, value)
     fixed = [key for key in state["config"] if key not in free]
     before, now = ({key: some.get(key) for key in fixed} for some in (state["config"], now))
     check_same(before, now, config.out, ": give the same, or another --out")
     weights.load_strictly(learner.model, state["model"], path)
     learner.optimizer.load_state_dict(state["optimizer"])
     world.print(f"resume: {config.out} at step {step}" + (
-        f"; {processes} processes trained it, now {world.size}: its batches stay the same, but dropout and "
-        "the last bits of sums differ" if processes != world.size else ""))
+        f"; {processes} processes trained it, now {world.size}: its batches stay the same, but dropout, "
+        "noise and the last bits of sums differ" if processes != world.size else ""))
     sums, skipped = (torch.tensor(x, device=world.device) for x in (sums, skipped))
     return Progress(step, best, skipped, sums, saved=step, clips=print_of_data)
 
@@ -861,7 +863,7 @@ def train_step(step, learner, loader, config, world, skipped):
     """
     net, optimizer, model = learner.net, learner.optimizer, learner.model
     model_config, losses = model.config, family(model.config.preset).losses
-    torch.manual_seed(((config.seed * 1_000_003 + step) * 10_007 + world.rank) % 2 ** 63)     # for dropout
+    torch.manual_seed(((config.seed * 1_000_003 + step) * 10_007 + world.rank) % 2 ** 63)     # dropout, noise
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
     share = [to_device(next(loader), world.device) for _ in range(config.accumulate)]

@@ -51,8 +51,8 @@ import simplejpeg
 import torch
 from tqdm import tqdm
 
-from nanogr.common import (Parser, UserError, check_same, in_pool, read_json, run_script, temp_path,
-                           write_whole)
+from nanogr.common import (Parser, UserError, check_apart, check_same, in_pool, read_json, run_script,
+                           temp_path, write_whole)
 from nanogr.pictures import write_sheet
 
 FORMAT_VERSION = 1
@@ -206,8 +206,8 @@ def write_meta(directory, source, fps, command, **extra):
     last = max((int(path.stem) for path in directory.glob(SHARDS)), default=-1)
     shards = [load_shard(directory, index) for index in range(last + 1)]
     full = [shard for shard in shards if len(shard["episodes"])]
-    kinds = [(dict(zip(shard["cameras"].tolist(), shard["sizes"].tolist())), actions_a_frame(shard))
-             for shard in full]
+    kinds = [([*zip(shard["cameras"].tolist(), shard["sizes"].tolist())], actions_a_frame(shard))
+             for shard in full]                          # a list: the order of the cameras is that of the bin
     if not full:
         raise UserError(f"{directory}: no clip was written; mend the cause, delete it and run again")
     if any(kind != kinds[0] for kind in kinds):
@@ -216,9 +216,9 @@ def write_meta(directory, source, fps, command, **extra):
                   frames=sum(int(shard["bounds"][-1]) for shard in full),
                   bytes=sum(int(shard["offsets"][-1]) for shard in full))
     tasks = collections.Counter(task for shard in full for task in shard["tasks"].tolist() if task)
-    meta = dict(format_version=FORMAT_VERSION, source=source, cameras=kinds[0][0], fps=fps, counts=counts,
-                has_actions=kinds[0][1] > 0, stride=max(1, kinds[0][1]), tasks=dict(sorted(tasks.items())),
-                command=command, **extra)
+    meta = dict(format_version=FORMAT_VERSION, source=source, cameras=dict(kinds[0][0]), fps=fps,
+                counts=counts, has_actions=kinds[0][1] > 0, stride=max(1, kinds[0][1]),
+                tasks=dict(sorted(tasks.items())), command=command, **extra)
     write_whole(directory / "meta.json", json.dumps(meta, indent=1).encode())
     for stale in directory.glob("[0-9]*.*.tmp"):       # of killed writers: all shards are done by now
         stale.unlink(missing_ok=True)
@@ -504,24 +504,24 @@ class Windows(torch.utils.data.Dataset):
     B windows of T steps, each from a clip drawn uniformly from `ids`, short or long. Its start is uniform in
     [-(T-1), L-1], then clipped to [0, L-T]: thus a clip's ends are seen about as often as its middle (T times
     less without the overhang). Only a clip shorter than T is padded: with zeros, after its real steps.
-    F more frames are read for targets: frames[:, t + F] is what step t predicts. With `stride` > 1 a step is
-    so many steps of the robot after the one before, and so are the F; of frames that lie S of these apart T
-    above is (T-1) stride / S + 1. Actions are those of all steps of the robot.
+    F more frames are read where targets are asked for: frames[:, t + F] is what step t predicts. With
+    `stride` > 1 a step is so many steps of the robot after the one before, and so are the F; of frames that
+    lie S of these apart T above is (T-1) stride / S + 1. Actions are those of all steps of the robot.
 
     With per_clip W > 1, W windows that start one step after the other are cut from each clip and share its
     frames, a run of N = T+W-1 steps that is stored once. The starts are drawn and clipped as above, so that
     some of the W are the same window near a clip's ends: else the ends would be seen far less.
 
-    All that is random about a step, but for dropout, is drawn here: with `shift`, by how much DrQ-v2's
-    augmentation moves each run of each camera (0.05: up to 10 px of 200), with `foresee` V > 0 at which V of
-    a window's T steps the future frame is asked for, with `latent` z > 0 what a VAE's latents are drawn by,
-    and with `blind` in which share of the windows the states are hidden.
+    All that is random about a step, but for dropout and noise on keypoints, is drawn here: with `shift`, by
+    how much DrQ-v2's augmentation moves each run of each camera (0.05: up to 10 px of 200), with `foresee` V
+    > 0 at which V of a window's T steps the future frame is asked for, with `latent` z > 0 what a VAE's
+    latents are drawn by, and with `blind` in which share of the windows the states are hidden.
 
         frames       {camera: uint8 (B/W, N+F, 3, H, W)}; N alone where no future frame is asked for
         codes        {camera: int32 (B/W, N+F, P)}   instead of frames, if `fingerprint` names a tokenizer
         shifts       {camera: int64 (B/W, 2)}     up and to the left [px]; only if shift > 0
-        video_at     int64 (V,)                   all T steps, or `foresee` of them; none, where foresee_every
-                                                  does not divide the number of the batch
+        video_at     int64 (V,)                   all T steps, or `foresee` of them; none where foresee_every
+                                                  is 0 or does not divide the number of the batch
         frame_at     int64 (B, T)                 a window's frames among all (B/W * N); only if W > 1
         sentences    [str] * B
         mask         bool (B, T)                  real steps
@@ -558,7 +558,8 @@ class Windows(torch.utils.data.Dataset):
         at = rng.integers(1 - window, lengths) - self.W // 2 * every     # where the first of W would start
         order = rng.permutation(self.T)
         video_at = order[:self.foresee] if self.foresee else np.arange(self.T)
-        video_at = video_at[:0] if step % self.foresee_every else video_at
+        asks = self.foresee_every and step % self.foresee_every == 0
+        video_at = video_at if asks else video_at[:0]
         reach = {c: round(self.shift * self.clips.cameras[c][0]) for c in self.cameras}
         shifts = {c: rng.integers(-far, far + 1, (len(ids), 2)) for c, far in reach.items()}
         ids, lengths, at, *shifts = (np.split(x, parts)[part] for x in (ids, lengths, at, *shifts.values()))
@@ -673,22 +674,35 @@ def summary(directory):
 
 
 def join(directories, out):
-    """Copy data sets into one, which lies in `out` then: their shards, one after the other. A killed run goes
-    on where it was. UserError if they differ in what they hold.
+    """Copy data sets into one, which lies in `out` then: their shards, one after the other, no two of their
+    recordings under one number. GR-2's codes are not copied. A killed run goes on where it was. UserError if
+    the sets differ in what they hold, or `out` has other shards.
     """
-    parts = [Clips(directory) for directory in directories]
-    for key in "cameras", "stride", "has_actions", "fps":
-        for part in parts:
-            if part.meta[key] != parts[0].meta[key]:
-                raise UserError(f"{key} of {parts[0].directory}: {parts[0].meta[key]}, of {part.directory}: "
-                                f"{part.meta[key]}: these don't make one data set")
+    parts, out, index, first = [Clips(directory) for directory in directories], pathlib.Path(out), 0, 0
+    for part in parts:
+        check_apart(out, part.directory)
+        for key in "cameras", "stride", "has_actions", "fps":
+            theirs, ours = (list(x.items()) if key == "cameras" else x
+                            for x in (part.meta[key], parts[0].meta[key]))             # in their order
+            if theirs != ours:
+                raise UserError(f"{key} of {parts[0].directory}: {ours}, of {part.directory}: {theirs}: "
+                                "these don't make one data set")
+    if any(out.glob(SHARDS)) and not (out / "recipe.json").exists():
+        raise UserError(f"{out} holds a data set that was not joined: choose another OUT")
     claim(out, joined=[str(part.directory) for part in parts], of=[part.meta["counts"] for part in parts])
-    shards = [part.directory / f"{i:05d}" for part in parts for i in range(len(part.shards))]
-    for index, shard in enumerate(shards):
-        for suffix in () if shard_is_done(out, index) else (".bin", ".npz"):           # the commit mark last
-            write_whole(out / f"{index:05d}{suffix}", shard.with_suffix(suffix).read_bytes())
-    sources = ", ".join(dict.fromkeys(part.meta["source"] for part in parts))
-    write_meta(out, sources, parts[0].fps, "; ".join(part.meta["command"] for part in parts))
+    for part in parts:
+        for number in range(len(part.shards)):
+            source = part.directory / f"{number:05d}.npz"
+            if not shard_is_done(out, index):
+                arrays, content = read_arrays(source), io.BytesIO()
+                arrays["episodes"] += first
+                np.savez(content, **arrays)
+                write_whole(out / f"{index:05d}.bin", source.with_suffix(".bin").read_bytes())
+                write_whole(out / f"{index:05d}.npz", content.getvalue())              # the commit mark
+            index += 1
+        first += int(part.episodes.max(initial=0)) + 1
+    write_meta(out, ", ".join(dict.fromkeys(part.meta["source"] for part in parts)), parts[0].fps,
+               "; ".join(part.meta.get("command", "") for part in parts))
 
 
 def look_at(path):
@@ -706,7 +720,8 @@ def look_at(path):
 def main():
     parser = Parser(description="Print what data sets hold and check every byte of them.")
     parser.add_argument("directory", type=pathlib.Path, nargs="+", help="a data set or a folder of two")
-    parser.add_argument("--join", type=pathlib.Path, metavar="OUT", help="make one of them first, in OUT")
+    parser.add_argument("--join", type=pathlib.Path, metavar="OUT",
+                        help="make one of them first, in OUT; no folders of two here")
     args = parser.parse_args()
     if args.join:
         join(args.directory, args.join)

@@ -63,6 +63,14 @@ def test_data_sets_are_joined(tmp_path):
         assert whole.sentences == parts[0].sentences + parts[1].sentences
         assert same_frames(whole, 6, parts[1], 1) and same_frames(whole, 4, parts[0], 4)
         (out / "00003.npz").unlink()
+    assert whole.episodes.tolist() == [0, 0, 1, 1, 2, 3, 3, 4] and list(whole.cameras) == CAMERAS
+    assert refused("lies in, the data", clips.join, [two, one], one)
+    assert refused("not joined", clips.join, [one], two)
+    turned = tmp_path / "turned"
+    with clips.ShardWriter(turned, 0, CAMERAS[::-1]) as writer:
+        writer.add(**make_clip(0, 4))
+    clips.write_meta(turned, "test", 30, "")
+    assert refused("cameras of", clips.join, [one, turned], tmp_path / "mixed")
     make_data_set(tmp_path / "video", lengths=[(4,)], actions=False)
     assert refused("has_actions", clips.join, [one, tmp_path / "video"], tmp_path / "mixed")
     assert refused("was begun with", clips.join, [two, one], out)

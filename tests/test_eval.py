@@ -69,14 +69,14 @@ def test_what_nobody_looks_at_is_not_drawn(served):
             drawn.append("rgb_static" in found)
             return found
 
-    args, step = eval_settings(policy="model", steps=8), acting.step
+    step = acting.step
     acting.step = lambda observation, sentence: (seen.append("rgb_static" in observation),
                                                  step(observation, sentence))[1]
     world, looked = World("D", 0), [1, 0, 0, 1, 0, 0, 1, 0]
     for film in None, []:
         world.reset()
         drawn.clear(), seen.clear()
-        assert eval_calvin.follow(world, acting, "open_drawer", "do nothing", args, film) is None
+        assert eval_calvin.follow(world, acting, "open_drawer", "do nothing", 8, film) is None
         assert seen == looked and drawn == looked + [0] and world.look
     assert [caption for caption, _ in film] == ["do nothing, step 1", "do nothing, step 5"]
 

@@ -249,13 +249,17 @@ def draw_start(scene, task, seed):
     done. Drawn as CALVIN draws its 192, but the seed places and turns the blocks: as many unseen states as
     one likes, all in scene D."""
     rng = np.random.default_rng([seed, 3])
-    number, _ = ways_to(task)[rng.integers(len(ways_to(task)))]
+    number, _ = draw_way(task, rng)
     return initial_state(initial_conditions()[number], int(rng.integers(2**32)))
 
 
 def draw_first(task, seed):
-    """The tasks that must be done in draw_start's state before `task` can be: see ways_to."""
-    return ways_to(task)[np.random.default_rng([seed, 3]).integers(len(ways_to(task)))][1]
+    """The tasks that must be done in draw_start's state before `task` can be."""
+    return draw_way(task, np.random.default_rng([seed, 3]))[1]
+
+
+def draw_way(task, rng):
+    return ways_to(task)[rng.integers(len(ways_to(task)))]
 
 
 def draw_chain(scene, number):

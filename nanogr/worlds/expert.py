@@ -74,7 +74,7 @@ class Expert:
     def __init__(self, world, fast=0.6, slow=0.4):
         self.world, self.fast, self.slow = world, fast, slow
         self.robot, self.fixtures = world.env.robot, fixtures_of(world.env)
-        self.grip = 1                      # what the gripper was told last: 1 open, -1 closed
+        self.grip = int(self.robot.gripper_action)           # what it was told last: 1 open, -1 closed
 
     # ---- what it sees
 

@@ -728,6 +728,11 @@ def draw_chain(scene, seed, length=5):
             return *state, tasks
 
 
+def draw_first(task, seed):
+    """What must be done in draw_start's state before `task` can be: nothing."""
+    return ()
+
+
 def draw_start(scene, task, seed):
     """robot_obs (15,), scene_obs (24,) where `task` is feasible; if need be the demonstrator prepares it."""
     before = dict(place=["lift"], stack=["lift"], unstack=["lift", "stack"]).get(SPECS[task].skill, [])
