@@ -34,7 +34,7 @@ def test_commands_say_what_is_wrong(tabletop_data, checkpoints, tmp_path):
             (training("finetune", broken, out, "--workers", 1), ["JPEG is broken", "nanogr.clips"]),
             (training("pretrain", video, out, "--no-video"), ["--no-video", "[OBS]"]),
             (training("pretrain", video, out, "--video-every", 5), ["--video-every", "learns nothing"]),
-            ([*start, "--preset", "gr1", "--mae", "none", "--eye-noise", 0.1], ["--eye-noise", "--preset calvin"]),
+            ([*start, "--preset", "gr1", "--eye-noise", 0.1], ["--eye-noise", "--preset calvin"]),
             ([*start, "--preset", "tinny"], ["tinny", "did you mean 'tiny'?"]),
             ([*start, "--stage", "fintune"], ["fintune", "finetune"]),
             ([*start, "widht=3"], ["widht", "did you mean 'width'?"]),
