@@ -211,8 +211,8 @@ def parse(argv=None):
         parser.error(f"--data-fraction must be above 0 and at most 1, got {config.data_fraction}")
     if not config.clip_grad > 0:
         parser.error(f"--clip-grad must be above 0, got {config.clip_grad}; inf: the gradient as it is")
-    if config.eye_noise and config.preset != "calvin":
-        parser.error("--eye-noise is for --preset calvin, whose eye knows how far what it says is spread")
+    if config.eye_noise and (config.preset != "calvin" or config.vision_weights == "none"):
+        parser.error("--eye-noise is for --preset calvin's own eye, which knows how far what it says spreads")
     if config.hide_states > 1:
         parser.error(f"--hide-states is a share, at most 1, got {config.hide_states}")
     if not 0 <= config.beta2 < 1:

@@ -166,10 +166,9 @@ def bench_loader(data, config, model_config, seconds):
     """Windows a second: decoded and nothing else; that reach the model, on one core; with two workers."""
     content, offsets = pathlib.Path(data.directory, "00000.bin").read_bytes(), data.shards[0]["offsets"]
     jpegs = [content[a:b] for a, b in itertools.pairwise(offsets[:400 * len(data.cameras) + 1])]
-    ahead = model_config.future / max(1, config.video_every) if model_config.video else 0      # on average
-    run = model_config.window + config.windows_per_clip - 1 + ahead
+    run = model_config.window + config.windows_per_clip - 1 + model_config.future * model_config.video
     frames = run * len(data.cameras) / config.windows_per_clip                 # that are decoded for a window
-    some = dataclasses.replace(config, batch=8 * config.windows_per_clip)
+    some = dataclasses.replace(config, batch=8 * config.windows_per_clip, video_every=1)       # all alike
     windows = train.training_windows(data, np.arange(len(data)), some, model_config)
 
     def decode():

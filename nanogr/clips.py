@@ -676,11 +676,18 @@ def summary(directory):
 def join(directories, out):
     """Copy data sets into one, which lies in `out` then: their shards, one after the other, no two of their
     recordings under one number. GR-2's codes are not copied. A killed run goes on where it was. UserError if
-    the sets differ in what they hold, or `out` has other shards.
+    the sets differ in kind or share a clip, or if `out` has other shards. Whether their actions mean the same
+    (record_calvin.py --actions) no data set says.
     """
-    parts, out, index, first = [Clips(directory) for directory in directories], pathlib.Path(out), 0, 0
+    parts, out, index, first, known = [Clips(x) for x in directories], pathlib.Path(out), 0, 0, set()
     for part in parts:
         check_apart(out, part.directory)
+        check_apart(part.directory, out)
+        own = {*zip(part.sentences, np.concatenate([shard["crc32"] for shard in part.shards]).tolist())}
+        if own & known:
+            raise UserError(f"{part.directory} has a clip that another one has: give no recording twice, or "
+                            "it may be both learned from and held out")
+        known |= own
         for key in "cameras", "stride", "has_actions", "fps":
             theirs, ours = (list(x.items()) if key == "cameras" else x
                             for x in (part.meta[key], parts[0].meta[key]))             # in their order

@@ -66,6 +66,7 @@ def test_data_sets_are_joined(tmp_path):
     assert whole.episodes.tolist() == [0, 0, 1, 1, 2, 3, 3, 4] and list(whole.cameras) == CAMERAS
     assert refused("lies in, the data", clips.join, [two, one], one)
     assert refused("not joined", clips.join, [one], two)
+    assert refused("twice", clips.join, [one, one], tmp_path / "mixed")
     turned = tmp_path / "turned"
     with clips.ShardWriter(turned, 0, CAMERAS[::-1]) as writer:
         writer.add(**make_clip(0, 4))

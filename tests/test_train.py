@@ -67,6 +67,8 @@ def test_one_step_of_some_foresees_for_all(tmp_path):
         learner, none = train.equip(model, settings, train.Processes()), torch.zeros(2, dtype=torch.int64)
         figures[every] = [train.train_step(step, learner, iter([windows[step]]), settings, train.Processes(),
                                            none)[0] for step in range(2)]
+    never = train.training_windows(data, np.arange(5), settings, dataclasses.replace(config, video=False))[0]
+    assert never["frames"]["rgb_static"].shape[1] == config.window and not len(never["video_at"])
     (often, _), (seldom, unasked) = figures[1], figures[3]
     assert seldom["rgb_static"].item() == pytest.approx(3 * often["rgb_static"].item())
     assert seldom["arm"] == often["arm"] and unasked["rgb_static"] == 0 and unasked["grad_norm"].isfinite()
