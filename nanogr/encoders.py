@@ -168,7 +168,8 @@ def recall(memory, keys, compute, group, most):
         new = list(dict.fromkeys(keys))
     for i in range(0, len(new), group):
         some = new[i:i + group]
-        memory.update(zip(some, compute(some + some[-1:] * (group - len(some)))))
+        rows = compute(some + some[-1:] * (group - len(some)))
+        memory.update((key, row.clone()) for key, row in zip(some, rows))          # a view keeps all the group
     return torch.stack([memory[key] for key in keys])
 
 
