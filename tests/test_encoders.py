@@ -49,6 +49,14 @@ def test_a_sentence_is_encoded_the_same_in_any_company():
     assert text(list("abcdefg")).tolist() == wanted and text(list("ga")).tolist() == [wanted[6], wanted[0]]
 
 
+def test_what_is_remembered_takes_no_more_than_it_says():
+    """Catches rows that are views: each keeps the whole group it was computed in, and memory runs out after
+    an hour."""
+    memory = {}
+    found = encoders.recall(memory, ["a", "b"], lambda keys: torch.ones(len(keys), 5), 16, 10)
+    assert found.shape == (2, 5) and {row.untyped_storage().nbytes() for row in memory.values()} == {5 * 4}
+
+
 def test_words_alone_are_read_in_any_order():
     """Catches a comma that makes another word, pairs where a preset should hear none, or none elsewhere."""
     sentences = ["Take the red block, then push it", "push then take it the red block", "take the blue block"]
