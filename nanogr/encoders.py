@@ -169,7 +169,7 @@ def recall(memory, keys, compute, group, most):
     for i in range(0, len(new), group):
         some = new[i:i + group]
         rows = compute(some + some[-1:] * (group - len(some)))
-        memory.update((key, row.clone()) for key, row in zip(some, rows))          # a view keeps all the group
+        memory.update((key, row.clone()) for key, row in zip(some, rows))         # a view keeps all the group
     return torch.stack([memory[key] for key in keys])
 
 
