@@ -36,12 +36,14 @@ A shard's npz, for N clips with M steps and C cameras:
     python -m nanogr.clips A B --join OUT        # one data set of several, a copy
 """
 import collections
+import functools
 import io
 import json
 import math
 import os
 import pathlib
 import random
+import shutil
 import zipfile
 import zlib
 
@@ -704,7 +706,8 @@ def join(directories, out):
                 arrays, content = read_arrays(source), io.BytesIO()
                 arrays["episodes"] += first
                 np.savez(content, **arrays)
-                write_whole(out / f"{index:05d}.bin", source.with_suffix(".bin").read_bytes())
+                copy = functools.partial(shutil.copyfile, source.with_suffix(".bin"))
+                write_whole(out / f"{index:05d}.bin", copy)
                 write_whole(out / f"{index:05d}.npz", content.getvalue())              # the commit mark
             index += 1
         first += int(part.episodes.max(initial=0)) + 1
