@@ -314,7 +314,7 @@ def test_spare_demonstrations_are_kept(monkeypatch):
     monkeypatch.setattr(record_calvin, "play", play)
     for spare, wanted in (0, 2), (1, 3), (9, 5):
         args = types.SimpleNamespace(tasks=["turn_on_led", "open_drawer"], each=1, spare=spare, seed=0,
-                                     play=4, split="training", drags=0, policy="", sessions=record_calvin.SESSIONS)
+                                     play=4, split="training", drags=0, policy="", sessions=400)
         found, tried = record_calvin.search(0, "D", args)
         assert len(found) == wanted and {task for _, task, *_ in found} == set(args.tasks)
         assert len(tried["turn_on_led"]) == 4 and len(tried["turn_off_led"]) == 1
