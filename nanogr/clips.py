@@ -38,6 +38,7 @@ A shard's npz, for N clips with M steps and C cameras:
 import collections
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -517,7 +518,8 @@ class Windows(torch.utils.data.Dataset):
     All that is random about a step, but for dropout and noise on keypoints, is drawn here: with `shift`, by
     how much DrQ-v2's augmentation moves each run of each camera (0.05: up to 10 px of 200), with `foresee` V
     > 0 at which V of a window's T steps the future frame is asked for, with `latent` z > 0 what a VAE's
-    latents are drawn by, and with `blind` in which share of the windows the states are hidden.
+    latents are drawn by, with `blind` in which share of the windows the states are hidden, and with
+    `drop_words` which share of a sentence's words is left out.
 
         frames       {camera: uint8 (B/W, N+F, 3, H, W)}; N alone where no future frame is asked for
         codes        {camera: int32 (B/W, N+F, P)}   instead of frames, if `fingerprint` names a tokenizer
@@ -537,7 +539,7 @@ class Windows(torch.utils.data.Dataset):
 
     def __init__(self, clips, ids, batch_size, window, future, cameras, chunk=1, seed=0, per_clip=1,
                  shift=0.0, foresee=0, stride=1, latent=0, blind=0.0, fingerprint="",
-                 foresee_every=1):
+                 foresee_every=1, drop_words=0.0):
         if not set(cameras) <= set(clips.cameras):
             raise UserError(f"{clips.directory} has the cameras {list(clips.cameras)}, not {list(cameras)}")
         if not len(ids):
@@ -545,7 +547,7 @@ class Windows(torch.utils.data.Dataset):
         self.clips, self.ids, self.cameras = clips, np.asarray(ids), list(cameras)
         self.B, self.T, self.F, self.chunk = batch_size, window, future, chunk
         self.seed, self.W, self.shift = seed, per_clip, shift
-        self.foresee, self.foresee_every = foresee, foresee_every
+        self.foresee, self.foresee_every, self.drop_words = foresee, foresee_every, drop_words
         self.every, self.latent, self.blind = clips.frames_a_timestep(stride), latent, blind
         self.codes = [read_codes(clips, i, fingerprint) for i in range(len(clips.shards)) if fingerprint]
 
@@ -586,8 +588,11 @@ class Windows(torch.utils.data.Dataset):
         batch = {key: torch.from_numpy(value) for key, value in batch.items()}
         if self.shift:
             batch["shifts"] = dict(zip(self.cameras, map(torch.from_numpy, shifts)))
-        return batch | {"codes" if self.codes else "frames": seen,
-                        "sentences": [self.clips.sentences[i] for i in ids]}
+        sentences = [self.clips.sentences[i] for i in ids]
+        if self.drop_words:
+            seeds = np.split(rng.integers(2**32, size=self.B), parts)[part]              # as noise, see above
+            sentences = [fewer_words(*each, self.drop_words) for each in zip(sentences, seeds)]
+        return batch | {"codes" if self.codes else "frames": seen, "sentences": sentences}
 
     def frames(self, ids, starts, count):
         """Return {camera: uint8 (B/W, count, 3, H, W)}, as views of (..., H, W, 3): turning the bytes round
@@ -622,6 +627,14 @@ class Windows(torch.utils.data.Dataset):
         known = ~np.isnan(rel_actions).any(-1)
         return dict(robot_obs=robot_obs, action_mask=known,
                     rel_actions=np.where(known[..., None], rel_actions, np.float32(0)))
+
+
+def fewer_words(sentence, seed, share):
+    """A sentence without some of its words, each left out with a chance of `share`; whole if none would stay.
+    So a policy learns from which words it can tell a task, and knows it by a sentence with others beside."""
+    words = sentence.split()
+    kept = np.random.default_rng(seed).random(len(words)) >= share
+    return " ".join(itertools.compress(words, kept)) or sentence
 
 
 def contact_sheet(clips, path, count=8, steps=10):
