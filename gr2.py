@@ -77,7 +77,7 @@ class GR2Config:
             raise ModelError(f"head_width {self.head_width} must be a multiple of 4, act_width "
                              f"{self.act_width} of act_heads {self.act_heads}")
 
-    told = False                   # GR-1's switch of that name
+    told = upright = False         # GR-1's switches of these names
     from_dict = classmethod(GR1Config.from_dict.__func__)
 
 

@@ -62,8 +62,7 @@ class GR1Config:
     copy_gate: bool = False        # [OBS] also says, pixel by pixel, what stays as it is; not in the paper
     action_activation: bool = False  # a ReLU between the action head's layers; the official code has none
     told: bool = False             # queries begin as their timestep's sentence token; not in the paper
-
-    latent = 0                     # in which GR-1 has no choice: no action VAE
+    upright: bool = False          # angles count from how CALVIN's hand hangs; not in the paper
 
     def __post_init__(self):
         check_config(self)
@@ -90,7 +89,7 @@ PRESETS = {
 # For CALVIN without a GPU: a frozen eye, no memory; every fourth step is seen, chunks are planned.
 PRESETS["calvin"] = PRESETS["tiny"] | dict(preset="calvin", cameras={"rgb_static": 96, "rgb_gripper": 48},
                                            window=1, stride=4, chunk=5, width=128, layers=3, text_dim=256,
-                                           latents=2, told=True)
+                                           latents=2, told=True, upright=True)
 
 
 def preset_config(name, stage="finetune", /, **changes):      # "/": so that changes may hold any key
@@ -318,8 +317,7 @@ class DecoderBlock(nn.Module):
     """A plain ViT block (timm's), as in the MAE decoder."""
     def __init__(self, width, heads):
         super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = mlp(width, nn.GELU())
 
@@ -408,13 +406,13 @@ class GR1(nn.Module):
 
         Linear maps keep the variance of their input (1 / sqrt(fan in)), except:
             embed_language       1             its input has length 1, so every feature is about 1 / sqrt(Dt)
-            embed_arm            5, 0.1        decimetres must matter beside a wrist that hangs at pi rad
+            embed_arm            5, 0.1        decimetres must matter beside a wrist at pi rad (upright: 5, 2)
             ends of residuals    / sqrt(2 n)   n blocks add up
             learned tokens       0.02          as GPT-2's embeddings and MAE's mask token
             vision.identity      1             the tiny preset's keypoints must differ from the start
         """
-        special = {"embed_language.weight": 1.0, "embed_arm.weight": torch.tensor([5, 5, 5, 0.1, 0.1, 0.1]),
-                   "vision.identity": 1.0}
+        arm = torch.tensor([5, 5, 5] + [2 if self.config.upright else 0.1] * 3)
+        special = {"embed_language.weight": 1.0, "embed_arm.weight": arm, "vision.identity": 1.0}
         depth = {"trunk": self.config.layers, "video_head": self.config.decoder_depth,
                  "resampler": self.config.resampler_depth}
         for name, p in self.named_parameters():
@@ -438,9 +436,12 @@ class GR1(nn.Module):
 
     def encode_state(self, robot_obs):
         """robot_obs (..., 15), CALVIN's units -> (..., D). Absolute pose, not normalised; gripper one-hot."""
-        opened = (robot_obs[..., 14:15] > 0).float()
+        arm, opened = robot_obs[..., :6], (robot_obs[..., 14:15] > 0).float()
+        if self.config.upright:                      # roll pi, which is -pi too, yaw pi / 2: both become 0
+            turn = arm[..., 3:] + arm.new_tensor([0, math.pi, math.pi / 2])
+            arm = torch.cat([arm[..., :3], turn.remainder(2 * math.pi) - math.pi], -1)
         gripper = self.embed_gripper(torch.cat([1 - opened, opened], -1))
-        return self.embed_state(torch.cat([self.embed_arm(robot_obs[..., :6]), gripper], -1))
+        return self.embed_state(torch.cat([self.embed_arm(arm), gripper], -1))
 
     def encode_images(self, pixels):
         """{camera: (N, 3, S, S)} -> (N, cameras * (L + 1), D). Costs the most; the same at any timestep."""
@@ -466,9 +467,8 @@ class GR1(nn.Module):
         Returns what the config asks for: arm (B, T, K, 6), gripper logits (B, T, K), and of each camera the
         future frame's pixels (B, V, P, patch^2 * 3).
         """
-        runs, steps = next(iter(pixels.values())).shape[:2]
-        images = self.encode_images(
-            {c: x.flatten(0, 1) for c, x in pixels.items()}).unflatten(0, (runs, steps))
+        steps = next(iter(pixels.values())).shape[1]
+        images = self.encode_images({c: x.flatten(0, 1) for c, x in pixels.items()}).unflatten(0, (-1, steps))
         act_at = torch.arange(steps if frame_at is None else frame_at.shape[1], device=images.device)
         video_at = act_at if video_at is None else video_at
         state = self.encode_state(robot_obs) if self.config.robot else None

@@ -168,6 +168,19 @@ def test_told_queries_begin_as_the_sentence():
     assert same(answers, small_model().trunk(tokens, begun, at), 1e-5)
 
 
+def test_upright_hand_does_not_jump():
+    """Catches roll at pi read as far from -pi, angles mixed up, places turned too, every robot read so."""
+    pose = lambda *numbers: torch.tensor([0.1, -0.1, 0.5, *numbers] + [0.0] * 9)
+    turned, around = pose(math.pi + 0.1, 0.2, 2), pose(0.1 - math.pi, 0.2, 2 - 2 * math.pi)
+    model, plain = small_model(upright=True), small_model()
+    assert same(model.encode_state(turned), model.encode_state(around), 1e-5)
+    ratio = model.embed_arm.weight.std(0) / plain.embed_arm.weight.std(0)
+    assert torch.allclose(ratio, torch.tensor([1.0] * 3 + [20.0] * 3))
+    plain.load_state_dict(model.state_dict())
+    assert same(model.encode_state(turned), plain.encode_state(pose(0.1, 0.2, 2 - math.pi / 2)), 1e-5)
+    assert not same(plain.encode_state(turned), plain.encode_state(around), 1e-2)
+
+
 def test_copy_gate_keeps_the_present_frame():
     """Catches a gate that mixes up pixels, channels or timesteps, or that lets the future frame through."""
     model = small_model(norm_pixels=False, copy_gate=True)

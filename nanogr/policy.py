@@ -38,7 +38,7 @@ class Policy:
                              f"predicts, got {execute}")
         if ensemble is not None and execute > 1:
             raise ModelError("an ensemble asks at every step: leave execute at 1")
-        if sample_z and not model.config.latent:
+        if sample_z and not getattr(model.config, "latent", 0):         # GR-2's
             raise ModelError("this model has no latent to draw")
         self.model, self.execute, self.ensemble, self.sample_z = model.eval(), execute, ensemble, sample_z
         self.device, self.stride = next(model.parameters()).device, model.config.stride

@@ -221,7 +221,8 @@ def test_gr2_policy_equals_the_full_forward(execute):
         since += 1
     assert refused("from 1 to the 4", policy.Policy, model, execute=5)
     assert refused("leave execute at 1", policy.Policy, model, execute=2, ensemble=0.1)
-    assert refused("no latent", policy.Policy, small_gr2(latent=0), sample_z=True)
+    for model in small_gr2(latent=0), small_model():
+        assert refused("no latent", policy.Policy, model, sample_z=True)
 
 
 def test_ensemble_is_the_plain_mean():
