@@ -618,9 +618,11 @@ def learning_rate(step, config):
     return config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def save_model(out, config, model, step):
+def save_model(out, config, model, progress):
     """Write the model for others."""
-    info = dict(step=step, train=dataclasses.asdict(config))
+    info = dict(step=progress.step, train=dataclasses.asdict(config))
+    if model.config.preset == "calvin" and config.stage == "finetune":
+        info["encoders"] = dict(known=progress.sentences)
     if model.config.preset == "gr1":
         info["encoders"] = dict(vision_weights=config.vision_weights, text_weights=config.text_weights)
     if isinstance(model, gr2.GR2):
@@ -638,7 +640,7 @@ def save(config, learner, progress, world):
     sums = world.mean(progress.sums.clone())
     if world.main:
         model = learner.model
-        save_model(config.out, config, model, progress.step)
+        save_model(config.out, config, model, progress)
         state = dict(step=progress.step, best=progress.best, sums=sums.tolist(),
                      skipped=progress.skipped.tolist(), processes=world.size, clips=progress.clips,
                      model=model.trained_state(), optimizer=learner.optimizer.state_dict(),
@@ -784,6 +786,7 @@ class Progress:
     sums: torch.Tensor             # of the figures since the last line, then how many steps; (1,): 0 steps
     saved: int | None = None       # step of the last checkpoint
     clips: str = ""                # of which data set, see fingerprint
+    sentences: list = dataclasses.field(default_factory=list)      # its own, each once
 
 
 class Later:
@@ -947,7 +950,7 @@ def check_up(progress, learner, config, held_out, world, log):
     if loss < progress.best:
         progress.best = loss
         if world.main:
-            save_model(os.path.join(config.out, "best"), config, learner.model, progress.step)
+            save_model(os.path.join(config.out, "best"), config, learner.model, progress)
     save(config, learner, progress, world)
     if sheet is not None:
         Image.fromarray(sheet).save(os.path.join(config.out, f"{progress.step:06d}.png"))
@@ -1000,6 +1003,7 @@ def train(config, changes, world):
     progress = (load_resume(config, learner, fingerprint(data), world) if config.resume else
                 Progress(0, math.inf, torch.zeros(2, dtype=torch.int64, device=world.device),
                          torch.zeros(1, device=world.device), clips=fingerprint(data)))
+    progress.sentences = sorted(set(data.sentences))
     world.print(f"model: {json.dumps(dataclasses.asdict(model.config))}")
     world.print(f"train: {json.dumps(dataclasses.asdict(config))}")
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -28,12 +28,13 @@ LAPTOP = {"tiny": 0, "gr2-tiny": 0, "calvin": 3}
 EYE = pathlib.Path(__file__).resolve().parent.parent / "assets" / "calvin-eye.safetensors"    # calvin's
 
 
-def build_encoders(config, vision=None, text=None, vision_weights="hub", text_weights="hub"):
+def build_encoders(config, vision=None, text=None, vision_weights="hub", text_weights="hub", known=()):
     """The encoders of a preset: (vision, text). Each may be given as a module, which stays as it is, or as
     words that say where the weights come from: "hub", "none" (random) or a file; None: as vision_weights and
-    text_weights say. Those of LAPTOP are their own. UserError if they can't be had.
+    text_weights say. Those of LAPTOP are their own; known: sentences for calvin's, see HashText. UserError if
+    they can't be had.
     """
-    text = build_text(config, text, text_weights)
+    text = build_text(config, text, text_weights, known)
     if config.preset == "calvin" and vision is None:
         return open_eye(config, vision_weights), text
     vision = vision_weights if vision is None else vision
@@ -43,11 +44,11 @@ def build_encoders(config, vision=None, text=None, vision_weights="hub", text_we
                 "mae_pretrain_vit_base.pth"), text
 
 
-def build_text(config, text=None, text_weights="hub"):
+def build_text(config, text=None, text_weights="hub", known=()):
     """The text encoder of a preset, GR-1's or GR-2's, see build_encoders."""
     text = text_weights if text is None else text
     if config.preset in LAPTOP:
-        return HashText(config.text_dim, config.preset != "calvin") if its_own(config, text) else text
+        return HashText(config.text_dim, config.preset != "calvin", known) if its_own(config, text) else text
     return fill(CLIPText, text, "text encoder open_clip ViT-B-32-quickgelu 'openai'", "--clip",
                 "open_clip_model.safetensors")
 
@@ -259,21 +260,32 @@ class HashText(nn.Module):
     Knows which words and pairs occur, not what they mean; enough for a closed set of instructions.
     pairs=False: words alone, no commas. CALVIN judges by sentences that no demonstration has: their words are
     known, their pairs are not, and half of what the trunk then reads is noise (docs/log.md).
+    known: the sentences that a policy learned by. Any other is taken for the nearest of them: a policy obeys
+    its own by heart, and one between two of them badly.
     """
     frozen = True
 
-    def __init__(self, width, pairs=True):
+    def __init__(self, width, pairs=True, known=()):
         super().__init__()
-        self.width, self.pairs = width, pairs
+        self.width, self.pairs, self.known = width, pairs, tuple(known)
         self.register_buffer("device_of", torch.zeros(0), persistent=False)
 
     def forward(self, sentences):
-        rows = []
-        for sentence in sentences:
-            words = sentence.lower().split() if self.pairs else re.findall(r"\w+", sentence.lower())
-            pairs = [" ".join(pair) for pair in zip(words, words[1:])] if self.pairs else []
-            rows.append(sum((direction(text, self.width) for text in words + pairs), np.zeros(self.width)))
+        rows = [self.features(self.nearest(sentence)) for sentence in sentences]
         return torch.tensor(np.stack(rows), dtype=torch.float32, device=self.device_of.device)
+
+    def features(self, sentence):
+        words = sentence.lower().split() if self.pairs else re.findall(r"\w+", sentence.lower())
+        pairs = [" ".join(pair) for pair in zip(words, words[1:])] if self.pairs else []
+        return sum((direction(text, self.width) for text in words + pairs), np.zeros(self.width))
+
+    def nearest(self, sentence):
+        """The known sentence whose features point most nearly the same way; the sentence itself if it is one
+        of them, or if none is known."""
+        if not self.known or sentence in self.known:
+            return sentence
+        asked, known = self.features(sentence), np.stack([self.features(each) for each in self.known])
+        return self.known[np.argmax(known @ asked / (np.linalg.norm(known, axis=1) + 1e-6))]
 
 
 @functools.lru_cache(10_000)
