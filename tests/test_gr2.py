@@ -10,7 +10,7 @@ import model as gr1
 import train
 from nanogr import clips, policy, tokenizer, weights
 from nanogr.encoders import HashText
-from tests.helpers import (CAMERAS, fails_in_one_line, golden_file, read_log, refused, run, same,
+from tests.helpers import (CAMERAS, fails_in_one_line, golden_file, read_log, refused, run, same, small_model,
                            small_tokenizer, training)
 
 CODES = dict(rgb_static=16, rgb_gripper=4)               # of a picture of 32 and 16 px
