@@ -597,11 +597,15 @@ def start_from(state, init, model, config, world):
     if isinstance(model, gr2.GR2):
         new += "no_state", *(f"camera.{camera}" for camera in list(model.config.cameras)[1:])
     same_eye(model.vision, state, init)
+    saved = weights.read_config(init)
+    upright = saved.get("model", {}).get("upright", False)
+    if upright != model.config.upright and "embed_arm.weight" in state and "embed_arm" not in fresh:
+        raise UserError(f"{init} reads the hand's angles otherwise: add --model "
+                        f"upright={str(upright).lower()}; --init none starts fresh")
     try:
         report = weights.load(model, state, init, fresh, new)
     except UserError as error:
         raise UserError(f"{error}; --init none starts fresh") from error
-    saved = weights.read_config(init)
     if isinstance(model, gr2.GR2):
         tokenizer.same_tokenizer(model.vision, saved.get("encoders", {}), init)
     step, steps = saved.get("step"), saved.get("train", {}).get("steps")
@@ -753,8 +757,9 @@ def load_resume(config, learner, print_of_data, world):
     free = {"resume", "out", "init", "fresh", "workers", "log_every", "eval_every", "eval_batches", "compile",
             "wandb", "tensorboard", "tokenizer"} | ({"data"} if "clips" in state else set())
     now = settings(config, learner.model)
-    for key, value in dict(stride=1, eye_noise=0.0, drop_words=0.0).items():      # of earlier runs
-        state["config"].setdefault(key, value)
+    for key, value in dict(stride=1, eye_noise=0.0, drop_words=0.0, upright=False).items():  # of earlier runs
+        if key in now:                                   # GR-2 has no choice of upright
+            state["config"].setdefault(key, value)
     fixed = [key for key in state["config"] if key not in free]
     before, now = ({key: some.get(key) for key in fixed} for some in (state["config"], now))
     check_same(before, now, config.out, ": give the same, or another --out")

@@ -1,13 +1,14 @@
 """nanogr/encoders.py: keypoints, sentences."""
+import functools
 from unittest import mock
 
 import torch
 
 import train
 from model import GR1, preset_config
-from nanogr import encoders
+from nanogr import encoders, weights
 from nanogr.worlds import calvin
-from tests.helpers import same
+from tests.helpers import refused, same
 
 
 def test_keypoints_say_where_and_what():
@@ -82,6 +83,20 @@ def test_a_checkpoint_knows_its_sentences(tmp_path):
     for stage, known in ("finetune", ("lift it", "push it")), ("pretrain", ()):
         train.save_model(tmp_path / stage, train.TrainConfig(stage=stage, preset="calvin"), model, progress)
         assert GR1.from_pretrained(tmp_path / stage).text.known == known
+
+
+def test_angles_are_read_as_they_were_learned():
+    """Catches weights that read the hand's angles one way in a model that gives them another."""
+    released, settings = str(encoders.EYE.parent / "calvin-policy"), train.TrainConfig(fresh="none")
+    state = weights.read_checkpoint(released)
+    for upright in False, True:
+        config = preset_config("calvin", upright=upright)
+        model = GR1(config, *encoders.build_encoders(config))
+        start = functools.partial(train.start_from, state, released, model)
+        if upright:
+            assert refused("--model upright=false", start, settings, train.Processes())
+        else:
+            start(settings, train.Processes())
 
 
 def test_words_alone_are_read_in_any_order():
