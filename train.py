@@ -92,7 +92,7 @@ class TrainConfig:
     video_steps: int = -1          # timesteps of a window that foresee, at random; 0: all; -1: the preset's
     video_every: int = 0           # one in so many steps foresees, its loss times as many; 0: the preset's
     shift: float = -1.0            # random shift, share of the image side; -1: the preset's
-    drop_words: float = 0.0        # a sentence's words are left out with this chance, each by itself
+    reword: float = 0.0            # share of windows told any sentence that the data has for their task
     eye_noise: float = 0.0         # calvin's: added to what its eye says, in shares of its spread
     # the machine
     precision: str = "auto"        # auto: bf16 on a GPU, fp32 on a CPU (bf16 crawls there without AMX)
@@ -152,7 +152,7 @@ MODEL_FLAGS = {
 }
 LEAST = dict(accumulate=1, windows_per_clip=1, log_every=1, eval_every=1, eval_batches=1, batch=1, steps=0,
              epochs=0, seed=0, lr=0, weight_decay=0, shift=0, video_steps=0, video_every=0, workers=-1,
-             kl_weight=0, hide_states=0, eye_noise=0, drop_words=0)
+             kl_weight=0, hide_states=0, eye_noise=0, reword=0)
 
 
 def family(preset):
@@ -214,10 +214,9 @@ def parse(argv=None):
         parser.error(f"--clip-grad must be above 0, got {config.clip_grad}; inf: the gradient as it is")
     if config.eye_noise and (config.preset != "calvin" or config.vision_weights == "none"):
         parser.error("--eye-noise is for --preset calvin's own eye, which knows how far what it says spreads")
-    if config.drop_words >= 1:
-        parser.error(f"--drop-words is a chance below 1, got {config.drop_words}")
-    if config.hide_states > 1:
-        parser.error(f"--hide-states is a share, at most 1, got {config.hide_states}")
+    for key in "hide_states", "reword":
+        if getattr(config, key) > 1:
+            parser.error(f"--{key.replace('_', '-')} is a share, at most 1, got {getattr(config, key)}")
     if not 0 <= config.beta2 < 1:
         parser.error(f"--beta2 must be at least 0 and below 1, got {config.beta2}")
     for package in "wandb", "tensorboard":
@@ -339,14 +338,14 @@ def training_windows(data, ids, config, model_config, fingerprint="", learns=Fal
                          config.shift, config.video_steps if model_config.video else 0,
                          model_config.stride, model_config.latent if learns else 0,
                          config.hide_states if learns else 0, fingerprint,
-                         max(1, config.video_every) if model_config.video else 0, config.drop_words)
+                         max(1, config.video_every) if model_config.video else 0, config.reword)
 
 
 def held_out_windows(data, ids, config, model_config, world):
     """At most 64 at once, single ones, not shifted, that foresee at all steps."""
     size = max(1, min(64, config.batch) // world.size) * world.size
     plain = dataclasses.replace(config, batch=size, windows_per_clip=1, shift=0, video_steps=0,
-                                video_every=1, drop_words=0)
+                                video_every=1, reword=0)
     return training_windows(data, ids, plain, model_config)
 
 
@@ -757,7 +756,7 @@ def load_resume(config, learner, print_of_data, world):
     free = {"resume", "out", "init", "fresh", "workers", "log_every", "eval_every", "eval_batches", "compile",
             "wandb", "tensorboard", "tokenizer"} | ({"data"} if "clips" in state else set())
     now = settings(config, learner.model)
-    for key, value in dict(stride=1, eye_noise=0.0, drop_words=0.0, upright=False).items():  # of earlier runs
+    for key, value in dict(stride=1, eye_noise=0.0, reword=0.0, upright=False).items():  # of earlier runs
         if key in now:                                   # GR-2 has no choice of upright
             state["config"].setdefault(key, value)
     fixed = [key for key in state["config"] if key not in free]

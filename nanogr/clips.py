@@ -38,7 +38,6 @@ A shard's npz, for N clips with M steps and C cameras:
 import collections
 import functools
 import io
-import itertools
 import json
 import math
 import os
@@ -519,7 +518,7 @@ class Windows(torch.utils.data.Dataset):
     how much DrQ-v2's augmentation moves each run of each camera (0.05: up to 10 px of 200), with `foresee` V
     > 0 at which V of a window's T steps the future frame is asked for, with `latent` z > 0 what a VAE's
     latents are drawn by, with `blind` in which share of the windows the states are hidden, and with
-    `drop_words` which share of a sentence's words is left out.
+    `reword` in which share of the windows the sentence is any that a clip of `ids` of their task has.
 
         frames       {camera: uint8 (B/W, N+F, 3, H, W)}; N alone where no future frame is asked for
         codes        {camera: int32 (B/W, N+F, P)}   instead of frames, if `fingerprint` names a tokenizer
@@ -539,7 +538,7 @@ class Windows(torch.utils.data.Dataset):
 
     def __init__(self, clips, ids, batch_size, window, future, cameras, chunk=1, seed=0, per_clip=1,
                  shift=0.0, foresee=0, stride=1, latent=0, blind=0.0, fingerprint="",
-                 foresee_every=1, drop_words=0.0):
+                 foresee_every=1, reword=0.0):
         if not set(cameras) <= set(clips.cameras):
             raise UserError(f"{clips.directory} has the cameras {list(clips.cameras)}, not {list(cameras)}")
         if not len(ids):
@@ -547,7 +546,10 @@ class Windows(torch.utils.data.Dataset):
         self.clips, self.ids, self.cameras = clips, np.asarray(ids), list(cameras)
         self.B, self.T, self.F, self.chunk = batch_size, window, future, chunk
         self.seed, self.W, self.shift = seed, per_clip, shift
-        self.foresee, self.foresee_every, self.drop_words = foresee, foresee_every, drop_words
+        self.foresee, self.foresee_every, self.reword = foresee, foresee_every, reword
+        self.said = sentences_of_tasks(clips, ids) if reword else {}
+        if reword and not self.said:
+            raise UserError(f"{clips.directory} does not name its clips' tasks: leave --reword out")
         self.every, self.latent, self.blind = clips.frames_a_timestep(stride), latent, blind
         self.codes = [read_codes(clips, i, fingerprint) for i in range(len(clips.shards)) if fingerprint]
 
@@ -589,9 +591,12 @@ class Windows(torch.utils.data.Dataset):
         if self.shift:
             batch["shifts"] = dict(zip(self.cameras, map(torch.from_numpy, shifts)))
         sentences = [self.clips.sentences[i] for i in ids]
-        if self.drop_words:
-            seeds = np.split(rng.integers(2**32, size=self.B), parts)[part]              # as noise, see above
-            sentences = [fewer_words(*each, self.drop_words) for each in zip(sentences, seeds)]
+        if self.reword:
+            draws = np.split(rng.random((self.B, 2)), parts)[part]                       # as noise, see above
+            for b, (whether, which) in enumerate(draws):
+                said = self.said.get(self.clips.tasks[ids[b]])
+                if said and whether < self.reword:
+                    sentences[b] = said[int(which * len(said))]
         return batch | {"codes" if self.codes else "frames": seen, "sentences": sentences}
 
     def frames(self, ids, starts, count):
@@ -629,12 +634,15 @@ class Windows(torch.utils.data.Dataset):
                     rel_actions=np.where(known[..., None], rel_actions, np.float32(0)))
 
 
-def fewer_words(sentence, seed, share):
-    """A sentence without some of its words, each left out with a chance of `share`; whole if none would stay.
-    So a policy learns from which words it can tell a task, and knows it by a sentence with others beside."""
-    words = sentence.split()
-    kept = np.random.default_rng(seed).random(len(words)) >= share
-    return " ".join(itertools.compress(words, kept)) or sentence
+def sentences_of_tasks(clips, ids):
+    """{task: all the sentences that the clips `ids` have for it, sorted}; clips without a task are left out.
+    They mean the same, so each clip may be told any of them: a policy that learns by one sentence a clip
+    obeys some of a task's sentences and not others."""
+    said = {}
+    for i in ids:
+        if clips.tasks[i]:
+            said.setdefault(clips.tasks[i], set()).add(clips.sentences[i])
+    return {task: sorted(some) for task, some in said.items()}
 
 
 def contact_sheet(clips, path, count=8, steps=10):

@@ -320,7 +320,7 @@ def test_ends_are_seen_as_often_as_the_middle(tmp_path, W, length, share):
 def test_batch_is_a_function_of_the_step(tmp_path):
     """Catches hidden random state: a resumed run, or one with more workers, would see other data."""
     data = clips.Clips(make_data_set(tmp_path))
-    windows = lambda **which: clips.Windows(data, range(len(data)), 4, 5, 3, CAMERAS, drop_words=0.5, **which)
+    windows = lambda **which: clips.Windows(data, range(len(data)), 4, 5, 3, CAMERAS, reword=0.5, **which)
     content = lambda batch: [batch["sentences"], *(
         x.numpy().tobytes() for x in (*batch["frames"].values(), *batch.values()) if torch.is_tensor(x))]
     straight = [content(windows()[step]) for step in range(6)]
@@ -337,24 +337,29 @@ def test_batch_is_a_function_of_the_step(tmp_path):
         assert torch.equal(torch.cat([part["frames"][c] for part in parts]), whole["frames"][c])
 
 
-def test_words_are_left_out(tmp_path):
-    """Catches words in another order, more or fewer than asked for, a sentence without any, held-out windows
-    that miss words too, training windows that miss none."""
-    sentence = "go towards the red block in a drawer"
-    words, left = sentence.split(), collections.Counter()
-    for seed in range(1000):
-        kept = clips.fewer_words(sentence, seed, 0.3).split()
-        assert kept and kept == [word for word in words if word in kept]
-        left.update(kept)
-    assert all(650 < left[word] < 750 for word in words)
-    assert clips.fewer_words("push", 0, 0.999) == "push"
-    data = clips.Clips(make_data_set(tmp_path))
-    settings = train.TrainConfig(batch=8, shift=0, video_steps=0, video_every=1, drop_words=0.5)
-    learned, judged = (make(data, np.arange(len(data)), settings, gr1.preset_config("tiny"), *world)[0]
-                       for make, world in ((train.training_windows, ()),
-                                           (train.held_out_windows, (train.Processes(),))))
-    assert set(judged["sentences"]) <= set(data.sentences)
-    assert set(learned["sentences"]) - set(data.sentences)
+def test_a_task_is_told_by_all_of_its_sentences(tmp_path):
+    """Catches another task's sentence, a held-out clip's, clips without a task told anything but their own, a
+    sentence that is never told, another share than asked for, held-out windows told others' too."""
+    data = clips.Clips(make_data_set(tmp_path, lengths=[(9,) * 6]))
+    data.tasks, learned = ["lift", "lift", "push", "lift", "", ""], [0, 1, 2, 4, 5]
+    said = clips.sentences_of_tasks(data, range(4))
+    assert said == dict(lift=["clip 0", "clip 1", "clip 3"], push=["clip 2"])
+    told = collections.Counter()
+    plain, reworded = (clips.Windows(data, learned, 100, 1, 0, CAMERAS[1:], reword=p) for p in (0, 0.5))
+    for step in range(30):                               # of the same clips: what else is random comes first
+        told.update(zip(plain[step]["sentences"], reworded[step]["sentences"]))
+    lift = {f"clip {i}" for i in (0, 1)}
+    assert set(told) == {(a, b) for a in lift for b in lift} | {(f"clip {i}",) * 2 for i in (2, 4, 5)}
+    changed = sum(n for (own, other), n in told.items() if own != other)
+    assert 0.2 < changed / sum(n for (own, _), n in told.items() if own in lift) < 0.3
+    settings = train.TrainConfig(batch=8, shift=0, video_steps=0, video_every=1, reword=1)
+    tiny = gr1.preset_config("tiny")
+    drawn, judged = (make(data, np.arange(6), settings, tiny, *world)
+                     for make, world in ((train.training_windows, ()),
+                                         (train.held_out_windows, (train.Processes(),))))
+    assert drawn.said and not judged.said
+    data.tasks = [""] * 6
+    assert refused("leave --reword out", train.training_windows, data, learned, settings, tiny)
 
 
 def test_a_tenth_of_each_task(tmp_path):

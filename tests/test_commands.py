@@ -52,7 +52,7 @@ def test_commands_say_what_is_wrong(tabletop_data, checkpoints, tmp_path):
             ([*start, "--weight-decay", -0.5], ["--weight-decay", "at least 0", "-0.5"]),
             ([*start, "--seed", -1], ["--seed", "at least 0", "-1"]),
             ([*start, "--eye-noise", -0.1], ["--eye-noise", "at least 0", "-0.1"]),
-            ([*start, "--drop-words", 1], ["--drop-words", "below 1"]),
+            ([*start, "--reword", 1.5], ["--reword", "at most 1", "1.5"]),
             ([*start, "--shift", -0.5], ["--shift", "at least 0", "-0.5"]),
             ([*start, "--clip-grad", 0], ["--clip-grad", "above 0"]),
             ([*start, "stage=1"], ["stage"]),
