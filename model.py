@@ -438,8 +438,8 @@ class GR1(nn.Module):
         """robot_obs (..., 15), CALVIN's units -> (..., D). Absolute pose, not normalised; gripper one-hot."""
         arm, opened = robot_obs[..., :6], (robot_obs[..., 14:15] > 0).float()
         if self.config.upright:                      # roll pi, which is -pi too, yaw pi / 2: both become 0
-            turn = arm[..., 3:] + arm.new_tensor([0, math.pi, math.pi / 2])
-            arm = torch.cat([arm[..., :3], turn.remainder(2 * math.pi) - math.pi], -1)
+            turns = zip(arm[..., 3:].split(1, -1), (0, math.pi, math.pi / 2))    # not a tensor: GPUs wait
+            arm = torch.cat([arm[..., :3], *((x + y).remainder(2 * math.pi) - math.pi for x, y in turns)], -1)
         gripper = self.embed_gripper(torch.cat([1 - opened, opened], -1))
         return self.embed_state(torch.cat([self.embed_arm(arm), gripper], -1))
 

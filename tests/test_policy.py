@@ -162,7 +162,7 @@ def test_replays_equal_calls_on_a_gpu(cast):
 
 
 @pytest.mark.skipif(torch.__version__ < "2.10", reason="torch 2.4's imitated GPU needs a driver")
-@pytest.mark.parametrize("kind, preset", [(gr1, "tiny"), (gr2, "gr2-tiny")])
+@pytest.mark.parametrize("kind, preset", [(gr1, "tiny"), (gr1, "calvin"), (gr2, "gr2-tiny")])
 def test_a_step_never_waits_for_the_device(kind, preset):
     """What waits can't be recorded as a CUDA graph. Catches a constant sent anew, a value that is read."""
     config, text = kind.preset_config(preset), torch.nn.Identity()
