@@ -541,6 +541,8 @@ def settings(args):
                           "depend on timing" if args.serve else "a model for each worker, on cpu")
     if args.policy == "model":
         said["checkpoint"] = weights.fingerprint(args.checkpoint)
+        if known := weights.read_config(args.checkpoint).get("encoders", {}).get("known"):
+            said["sentences"] = f"a strange one is taken for the nearest of the {len(known)} learned"
         said |= {name: weights.digest(pathlib.Path(path)) if path != "none" else "none: random weights"
                  for name, path in (("MAE", args.mae), ("CLIP", args.clip)) if path}          # or a tokenizer
     if looks(args):

@@ -92,7 +92,7 @@ class TrainConfig:
     video_steps: int = -1          # timesteps of a window that foresee, at random; 0: all; -1: the preset's
     video_every: int = 0           # one in so many steps foresees, its loss times as many; 0: the preset's
     shift: float = -1.0            # random shift, share of the image side; -1: the preset's
-    reword: float = 0.0            # share of windows told any sentence that the data has for their task
+    reword: float = 0.0            # share of windows told any sentence of their task, if all mean the same
     eye_noise: float = 0.0         # calvin's: added to what its eye says, in shares of its spread
     # the machine
     precision: str = "auto"        # auto: bf16 on a GPU, fp32 on a CPU (bf16 crawls there without AMX)
@@ -597,10 +597,10 @@ def start_from(state, init, model, config, world):
         new += "no_state", *(f"camera.{camera}" for camera in list(model.config.cameras)[1:])
     same_eye(model.vision, state, init)
     saved = weights.read_config(init)
-    upright = saved.get("model", {}).get("upright", False)
-    if upright != model.config.upright and "embed_arm.weight" in state and "embed_arm" not in fresh:
-        raise UserError(f"{init} reads the hand's angles otherwise: add --model "
-                        f"upright={str(upright).lower()}; --init none starts fresh")
+    if isinstance(model, GR1):
+        same_angles(model, state, saved, init, fresh)
+    if model.config.preset == "calvin" and "embed_language" not in fresh:
+        model.text.known = tuple(saved.get("encoders", {}).get("known", ()))
     try:
         report = weights.load(model, state, init, fresh, new)
     except UserError as error:
@@ -612,6 +612,30 @@ def start_from(state, init, model, config, world):
     world.print(f"init: {report}\n{early}  (--init none starts without)")
 
 
+def learned_by(model, data, ids, config):
+    """The sentences that a policy of preset calvin learns by, sorted: those of the clips `ids`, of --init, of
+    the run that goes on. None for others, which read any."""
+    if model.config.preset != "calvin" or config.stage != "finetune":
+        return []
+    before = weights.read_config(config.out).get("encoders", {}) if config.resume else {}
+    return sorted({*before.get("known", ()), *model.text.known, *(data.sentences[i] for i in ids)})
+
+
+def same_angles(model, state, saved, init, fresh):
+    """UserError if the weights of `init` learned the hand's angles as another `upright` gives them."""
+    reads = any(key.removeprefix("model.").startswith("embed_arm") for key in state)
+    if not reads or not model.config.robot or "embed_arm" in fresh:
+        return
+    kind = weights.checkpoint_kind(state, init)[0]
+    upright = saved.get("model", {}).get("upright", False)
+    if kind == weights.OURS and not saved and model.config.upright:
+        raise UserError(f"{init} lies without its config.json, which says how it reads the hand's angles: "
+                        "name the directory that train.py wrote; --init none starts fresh")
+    if upright != model.config.upright:
+        raise UserError(f"{init} reads the hand's angles otherwise: add --model "
+                        f"upright={str(upright).lower()}; --init none starts fresh")
+
+
 def learning_rate(step, config):
     """Linear warm-up, then cosine down to final_lr of the peak."""
     warmup = max(1, round(config.warmup * config.steps))
@@ -621,11 +645,11 @@ def learning_rate(step, config):
     return config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def save_model(out, config, model, progress):
+def save_model(out, config, model, step):
     """Write the model for others."""
-    info = dict(step=progress.step, train=dataclasses.asdict(config))
+    info = dict(step=step, train=dataclasses.asdict(config))
     if model.config.preset == "calvin" and config.stage == "finetune":
-        info["encoders"] = dict(known=progress.sentences)
+        info["encoders"] = dict(known=list(model.text.known))
     if model.config.preset == "gr1":
         info["encoders"] = dict(vision_weights=config.vision_weights, text_weights=config.text_weights)
     if isinstance(model, gr2.GR2):
@@ -643,7 +667,7 @@ def save(config, learner, progress, world):
     sums = world.mean(progress.sums.clone())
     if world.main:
         model = learner.model
-        save_model(config.out, config, model, progress)
+        save_model(config.out, config, model, progress.step)
         state = dict(step=progress.step, best=progress.best, sums=sums.tolist(),
                      skipped=progress.skipped.tolist(), processes=world.size, clips=progress.clips,
                      model=model.trained_state(), optimizer=learner.optimizer.state_dict(),
@@ -756,12 +780,16 @@ def load_resume(config, learner, print_of_data, world):
     free = {"resume", "out", "init", "fresh", "workers", "log_every", "eval_every", "eval_batches", "compile",
             "wandb", "tensorboard", "tokenizer"} | ({"data"} if "clips" in state else set())
     now = settings(config, learner.model)
-    for key, value in dict(stride=1, eye_noise=0.0, reword=0.0, upright=False).items():  # of earlier runs
+    upright = now.get("upright") and not now["robot"]    # pre-training reads no angles
+    for key, value in dict(stride=1, eye_noise=0.0, reword=0.0, upright=upright).items():  # of earlier runs
         if key in now:                                   # GR-2 has no choice of upright
             state["config"].setdefault(key, value)
+    if not state["config"].get("drop_words"):            # a flag that a day's runs had
+        state["config"].pop("drop_words", None)
     fixed = [key for key in state["config"] if key not in free]
     before, now = ({key: some.get(key) for key in fixed} for some in (state["config"], now))
-    check_same(before, now, config.out, ": give the same, or another --out")
+    check_same(before, now, config.out,
+               ": give the same (settings of the model with --model KEY=VALUE), or another --out")
     weights.load_strictly(learner.model, state["model"], path)
     learner.optimizer.load_state_dict(state["optimizer"])
     world.print(f"resume: {config.out} at step {step}" + (
@@ -790,7 +818,6 @@ class Progress:
     sums: torch.Tensor             # of the figures since the last line, then how many steps; (1,): 0 steps
     saved: int | None = None       # step of the last checkpoint
     clips: str = ""                # of which data set, see fingerprint
-    sentences: list = dataclasses.field(default_factory=list)      # its own, each once
 
 
 class Later:
@@ -954,7 +981,7 @@ def check_up(progress, learner, config, held_out, world, log):
     if loss < progress.best:
         progress.best = loss
         if world.main:
-            save_model(os.path.join(config.out, "best"), config, learner.model, progress)
+            save_model(os.path.join(config.out, "best"), config, learner.model, progress.step)
     save(config, learner, progress, world)
     if sheet is not None:
         Image.fromarray(sheet).save(os.path.join(config.out, f"{progress.step:06d}.png"))
@@ -1003,11 +1030,12 @@ def train(config, changes, world):
     others = start_wandb(config, world)                  # no mistake of the user's comes later
     if not config.resume:
         clear_out(config.out, world)
+    if known := learned_by(model, data, ids, config):
+        model.text.known = known
     learner = equip(model, config, world)
     progress = (load_resume(config, learner, fingerprint(data), world) if config.resume else
                 Progress(0, math.inf, torch.zeros(2, dtype=torch.int64, device=world.device),
                          torch.zeros(1, device=world.device), clips=fingerprint(data)))
-    progress.sentences = sorted(set(data.sentences))
     world.print(f"model: {json.dumps(dataclasses.asdict(model.config))}")
     world.print(f"train: {json.dumps(dataclasses.asdict(config))}")
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)

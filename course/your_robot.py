@@ -34,7 +34,7 @@ def demonstrations():
         #                                                               -1 close; not its width, not 0 and 1
         static = rng.integers(0, 256, (20, 200, 200, 3), np.uint8)    # RGB, not OpenCV's BGR
         wrist = rng.integers(0, 256, (20, 84, 84, 3), np.uint8)       # any sizes, but the same in all clips
-        yield "pick up the cup", "pick", static, wrist, poses, width, command
+        yield "pick up the cup", "pick_cup", static, wrist, poses, width, command
 
 
 def pack(directory):

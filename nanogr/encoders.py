@@ -275,15 +275,21 @@ class HashText(nn.Module):
         return torch.tensor(np.stack(rows), dtype=torch.float32, device=self.device_of.device)
 
     def features(self, sentence):
-        words = sentence.lower().split() if self.pairs else re.findall(r"\w+", sentence.lower())
+        words = self.words(sentence)
         pairs = [" ".join(pair) for pair in zip(words, words[1:])] if self.pairs else []
         return sum((direction(text, self.width) for text in words + pairs), np.zeros(self.width))
 
+    def words(self, sentence):
+        return sentence.lower().split() if self.pairs else re.findall(r"\w+", sentence.lower())
+
     def nearest(self, sentence):
         """The known sentence whose features point most nearly the same way; the sentence itself if it is one
-        of them, or if none is known."""
+        of them, or if none is known. UserError if no word of it is known."""
         if not self.known or sentence in self.known:
             return sentence
+        if not {word for each in self.known for word in self.words(each)} & {*self.words(sentence)}:
+            raise UserError(f"no word of '{sentence}' is among those that this policy learned by; one of its "
+                            f"sentences: {self.known[0]}")
         asked, known = self.features(sentence), np.stack([self.features(each) for each in self.known])
         return self.known[np.argmax(known @ asked / (np.linalg.norm(known, axis=1) + 1e-6))]
 

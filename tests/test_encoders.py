@@ -6,9 +6,9 @@ import torch
 
 import train
 from model import GR1, preset_config
-from nanogr import encoders, weights
+from nanogr import clips, encoders, weights
 from nanogr.worlds import calvin
-from tests.helpers import refused, same
+from tests.helpers import make_data_set, refused, same
 
 
 def test_keypoints_say_where_and_what():
@@ -74,29 +74,55 @@ def test_a_strange_sentence_is_taken_for_the_nearest_known():
         assert not same(knows([judged]), plain([judged]), 0.1)
 
 
+def test_a_sentence_without_a_known_word_is_refused():
+    """Catches any noise taken for an instruction."""
+    text = encoders.build_text(preset_config("calvin"), known=["lift the block", "push it"])
+    assert text.nearest("Please lift one!") == "lift the block"
+    for strange in "dance", "!!!":
+        assert refused("lift the block", text, [strange])
+
+
 def test_a_checkpoint_knows_its_sentences(tmp_path):
-    """Catches a policy that forgets which sentences it learned by, or pre-training on a million that keeps
-    them."""
-    config = preset_config("calvin")
-    model = GR1(config, *encoders.build_encoders(config))
-    progress = train.Progress(7, 0.0, None, None, sentences=["lift it", "push it"])
-    for stage, known in ("finetune", ("lift it", "push it")), ("pretrain", ()):
-        train.save_model(tmp_path / stage, train.TrainConfig(stage=stage, preset="calvin"), model, progress)
-        assert GR1.from_pretrained(tmp_path / stage).text.known == known
+    """Catches a policy that forgets which sentences it learned by, or takes those that were held out or left
+    out for them; one that forgets what --init had learned; a resumed run that does."""
+    data = clips.Clips(make_data_set(tmp_path / "data", lengths=[(3,) * 10]))
+    ids = range(3, 8)
+    init = str(encoders.EYE.parent / "calvin-policy")
+    before = set(weights.read_config(init)["encoders"]["known"])
+    learned = {data.sentences[i] for i in ids}
+    for start, fresh, wanted in (("none", "", learned), (init, "none", learned | before),
+                                 (init, "embed_language", learned)):
+        config = train.TrainConfig(preset="calvin", init=start, fresh=fresh, out=str(tmp_path),
+                                   text_weights="hub")
+        model = train.build(config, dict(upright=False), train.Processes())
+        assert train.learned_by(model, data, ids, config) == sorted(wanted)
+        model.text.known = sorted(wanted)
+        train.save_model(config.out, config, model, 7)
+        assert set(GR1.from_pretrained(config.out).text.known) == wanted
+        config.resume, model = True, train.build(config, dict(upright=False), train.Processes())
+        assert train.learned_by(model, data, ids, config) == sorted(wanted)
+    config = train.TrainConfig(stage="pretrain", preset="calvin", init="none", text_weights="hub")
+    assert not train.learned_by(train.build(config, {}, train.Processes()), data, ids, config)
 
 
-def test_angles_are_read_as_they_were_learned():
-    """Catches weights that read the hand's angles one way in a model that gives them another."""
+def test_angles_are_read_as_they_were_learned(tmp_path):
+    """Catches weights that read the hand's angles one way in a model that gives them another: ours, ours
+    without what says so, the authors'; a refusal where no angles are read, or where they are learned anew."""
     released, settings = str(encoders.EYE.parent / "calvin-policy"), train.TrainConfig(fresh="none")
-    state = weights.read_checkpoint(released)
-    for upright in False, True:
-        config = preset_config("calvin", upright=upright)
-        model = GR1(config, *encoders.build_encoders(config))
-        start = functools.partial(train.start_from, state, released, model)
-        if upright:
-            assert refused("--model upright=false", start, settings, train.Processes())
-        else:
-            start(settings, train.Processes())
+    state, saved = weights.read_checkpoint(released), weights.read_config(released)
+    theirs = {"embed_lang.weight": torch.zeros(1), "embed_arm_state.weight": torch.zeros(1)}
+    small = lambda **changes: GR1(made := preset_config("calvin", **changes), *encoders.build_encoders(made))
+    upright, plain = small(), small(upright=False)
+    for some, known in (state, saved), (theirs, {}):
+        assert refused("--model upright=false", train.same_angles, upright, some, known, released, [])
+        train.same_angles(plain, some, known, released, [])
+    assert refused("config.json", train.same_angles, upright, state, {}, released, [])
+    train.same_angles(upright, state, saved, released, ["embed_arm"])
+    train.same_angles(GR1(made := preset_config("calvin", "pretrain"), *encoders.build_encoders(made)), state,
+                      saved, released, [])
+    start = functools.partial(train.start_from, state, released)
+    assert refused("--model upright=false", start, upright, settings, train.Processes())
+    start(plain, settings, train.Processes())
 
 
 def test_words_alone_are_read_in_any_order():
