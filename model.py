@@ -435,7 +435,7 @@ class GR1(nn.Module):
         return self.embed_language(x / (x.norm(dim=-1, keepdim=True) + 1e-6))
 
     def encode_state(self, robot_obs):
-        """robot_obs (..., 15), CALVIN's units -> (..., D). Absolute pose, not normalised; gripper one-hot."""
+        """robot_obs (..., 15), CALVIN's units -> (..., D). Pose: see GR1Config.upright; gripper one-hot."""
         arm, opened = robot_obs[..., :6], (robot_obs[..., 14:15] > 0).float()
         if self.config.upright:                      # roll pi, which is -pi too, yaw pi / 2: both become 0
             turns = zip(arm[..., 3:].split(1, -1), (0, math.pi, math.pi / 2))    # not a tensor: GPUs wait
